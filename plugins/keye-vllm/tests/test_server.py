@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,31 @@ def test_a_template_may_be_asked_for(client: openai.OpenAI) -> None:
     assert theirs.choices[0].message.content == own.choices[0].message.content
     assert theirs.usage is not None and own.usage is not None
     assert theirs.usage.prompt_tokens == own.usage.prompt_tokens
+
+
+@pytest.mark.slow
+def test_behind_the_server_of_keye(log: Path) -> None:
+    """`keye serve --engine vllm`: an upload, a question, a stream; what needs keye's own engine is 501."""
+    limit = ("--engine-option=--max-model-len=8192", "--engine-option=--enforce-eager")
+    command = [sys.executable, "-m", "keye", "serve", "--port", str(vllm_nano.PORT), "--engine", "vllm", *limit]
+    with vllm_nano.running(command, log) as client:
+        upload = client.files.create(file=asset("demo.mp4"), purpose="user_data")
+        about: Any = [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "file", "file": {"file_id": upload.id}},
+                    {"type": "text", "text": "when is the cyan triangle visible?"},
+                ],
+            }
+        ]
+        settings: Any = {"model": "nano", "messages": about, "temperature": 0, "max_tokens": 48}
+        text = client.chat.completions.create(**settings).choices[0].message.content
+        assert text is not None and text.startswith("[[")
+        pieces = client.chat.completions.create(**settings, stream=True)
+        assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == text
+        with pytest.raises(openai.InternalServerError, match="keye's own engine"):
+            client.post("/video/find", body={"video": {"file_id": upload.id}, "event": "x"}, cast_to=object)
 
 
 def _about(video: str) -> Any:

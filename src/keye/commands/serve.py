@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from keye.commands.shared import options
-from keye.errors import KeyeError, missing_package
+from keye.errors import KeyeError, Option, missing_package
 from keye.process import report_ready, watch_stdin
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--audit", type=options.PATH, metavar="FILE", help="Append a JSON line for each request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
 @click.option("--ray", metavar="ADDRESS", help="Run the replicas on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
+@click.option("--engine", type=click.Choice(["keye", "vllm"]), default="keye", show_default=True,
+              help="What computes: keye, or vLLM with keye's plug-in where it is installed.")  # fmt: skip
+@click.option("--tp-size", type=options.COUNT, metavar="N", help="GPUs that vLLM divides the model over.  [default: 1]")
+@click.option("--engine-option", multiple=True, metavar="OPTION",
+              help="A further option of vLLM, as --engine-option=--max-model-len=32768; may be repeated.")  # fmt: skip
 @click.option("--ready-fd", type=int, hidden=True,
               help="Report the address on this descriptor; end with standard input.")  # fmt: skip
 @options.decode
@@ -64,7 +69,8 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.pass_context
 def serve(
     context: click.Context, /, model: str, api_key_file: Path | None, audit: Path | None, replicas: int | None,
-    ray: str | None, ready_fd: int | None, decode: str | None, **arguments: Any,
+    ray: str | None, engine: str, tp_size: int | None, engine_option: tuple[str, ...], ready_fd: int | None,
+    decode: str | None, **arguments: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, for OpenAI clients and for the browser.
 
@@ -76,6 +82,7 @@ def serve(
     keye serve 2.0 --port 9000 --name keye
     keye serve --host 0.0.0.0 --api-key-file keys.txt
     keye serve --replicas 2
+    keye serve 2.0 --engine vllm --tp-size 2
     """
     from keye.commands.shared import inputs
 
@@ -89,6 +96,11 @@ def serve(
     except ModuleNotFoundError as error:
         raise missing_package(error.name, "keye serve", "serve") from None
 
+    if engine == "keye" and (tp_size is not None or engine_option):
+        raise KeyeError("--tp-size and --engine-option are options of vLLM: give --engine vllm with them")
+    if engine == "vllm":
+        serve_vllm(context, settings, audit, on_ready)
+        return
     listening = listen(settings)
     if ray is not None and decode is not None:
         raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")
@@ -134,6 +146,43 @@ def serve_replicas(
         "model": ", ".join(settings.served_names) or context.params["model"],
     }
     run_app(app, settings, listening, rows, log, cut=app.state.proxy.cut)
+
+
+#: Options that change nothing where vLLM computes.
+_OF_KEYE = ("replicas", "ray", "decode", "template", "library", "library_manage", "transcribe", "transcribe_model",
+            "device", "threads", "strict_limits", *options.STORING_OPTIONS)  # fmt: skip
+
+
+def serve_vllm(
+    context: click.Context, settings: Settings, audit: Path | None, on_ready: Callable[[str], None] | None
+) -> None:
+    """Serves by vLLM as a child, behind the same guard."""
+    from click.core import ParameterSource
+
+    from keye.commands.shared import inputs
+    from keye.server.replicas.processes import LocalReplica
+    from keye.server.run import run_app
+    from keye.server.settings import guard_settings
+    from keye.server.vllm.app import DescribedModel, facts, vllm_app
+    from keye.server.vllm.process import vllm_command
+
+    parameters = context.params
+    set_here = [n for n in _OF_KEYE if context.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if set_here:
+        raise KeyeError("{} is an option of keye's own engine; leave it out with --engine vllm", Option(set_here[0]))
+    ranks, own = parameters["tp_size"] or 1, list(parameters["engine_option"])
+    if parameters["dtype"] is not None:
+        own += ["--dtype", parameters["dtype"]]
+    vllm_command(Path(), (), ranks)  # before a model is downloaded
+    model = DescribedModel(Path(parameters["model"]).name, inputs.find_model(parameters["model"], weights=False))
+    folder, names = inputs.find_model(parameters["model"]), settings.served_names or (model.name,)
+    message = {"command": vllm_command(folder, names, ranks, own)}
+    replica = LocalReplica("vllm", ("-m", "keye.server.vllm.process"), message)
+    guard = guard_settings(settings)
+    with listen(settings) as listening, audit_log(audit) as log:
+        app = vllm_app(replica, model, settings, salt=guard.keys.salt)
+        rows = facts(settings, names, ranks)
+        run_app(app, settings, listening, rows, log, cut=app.state.proxy.cut, guard=guard, on_ready=on_ready)
 
 
 def arguments_of(context: click.Context, own: Mapping[str, Any]) -> list[str]:

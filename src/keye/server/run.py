@@ -16,7 +16,7 @@ from keye.api import Keye
 from keye.media.decode.confinement import measure_confinement
 from keye.server.app import guarded_app
 from keye.server.edge.audit import Audit
-from keye.server.edge.guard import App, Guard
+from keye.server.edge.guard import App, Guard, GuardSettings
 from keye.server.edge.limits import Limits
 from keye.server.edge.protocol import limits_of_system, uvicorn_options
 from keye.server.settings import Settings, guard_settings
@@ -57,11 +57,14 @@ def run_app(
     audit: Audit | None = None,
     *,
     cut: Cut,
+    guard: GuardSettings | None = None,
+    on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves any application behind the guard; `rows` are printed at start-up. `cut` is called in the event loop when
-    the time for running requests is over: it ends each with an error."""
-    guard = Guard(app, guard_settings(settings), audit=audit)
-    _run(guard, settings, listening, lambda address: _print_rows(address, rows), cut)
+    """Serves any application behind the guard; `rows` are printed at start-up, unless `on_ready` is called with the
+    address. `cut` is called in the event loop when the time for running requests is over: it ends each with an
+    error."""
+    guarded = Guard(app, guard or guard_settings(settings), audit=audit)
+    _run(guarded, settings, listening, on_ready or (lambda address: _print_rows(address, rows)), cut)
 
 
 def _print_rows(address: str, rows: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import httpx
 
@@ -65,11 +65,18 @@ class Replica(Protocol):
     async def close(self) -> None: ...
 
 
-class LocalReplica:
-    """A child process. `arguments` are those of `keye serve`, without host and port; it ends with this process."""
+#: How a replica is started that is `keye serve` on a free port of this machine.
+_SERVE: Final = ("-m", "keye", "serve", "--host", "127.0.0.1", "--port", "0")
 
-    def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        self.name, self._arguments = name, tuple(arguments)
+
+class LocalReplica:
+    """A child process that ends with this one. `arguments` are those of `keye serve`, without host and port, or follow
+    the interpreter where a `message` is sent to the child: see `keye.process.ChildProcess`. It reports its `address`,
+    and the `socket` that it listens on where that is none of the network."""
+
+    def __init__(self, name: str, arguments: Sequence[str], message: Mapping[str, Any] | None = None) -> None:
+        self.name, self._message = name, message
+        self._command = (*_SERVE, *arguments, "--ready-fd") if message is None else tuple(arguments)
         self._process: ChildProcess | None = None
         self._http: httpx.AsyncClient | None = None
 
@@ -83,14 +90,14 @@ class LocalReplica:
 
     async def start(self) -> None:
         await self.close()
-        listen = ("--host", "127.0.0.1", "--port", "0", "--ready-fd")
-        self._process = ChildProcess(("-m", "keye", "serve", *self._arguments, *listen))
+        self._process = ChildProcess(self._command, self._message)
         report = await asyncio.to_thread(self._process.read_report)
         if report is None:
             raise KeyeError(f"replica {self.name} could not start; see its messages above")
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         times = httpx.Timeout(None, connect=10.0)
-        self._http = httpx.AsyncClient(base_url=report["address"], timeout=times, limits=limits)
+        transport = httpx.AsyncHTTPTransport(limits=limits, uds=report.get("socket"))
+        self._http = httpx.AsyncClient(base_url=report["address"], timeout=times, transport=transport)
 
     async def wait_ended(self) -> None:
         if self._process is not None:

@@ -141,7 +141,7 @@ class Proxy:
             stored = Counter(self.homes.values())
             home = min(self._loads(), key=lambda name: (stored[name], self.loads[name]))
             try:
-                return await self._relay(request, home, await self.send(home, request, request.stream()))
+                return await self.relay(request, home, await self.send(home, request, request.stream()))
             except ReplicaLost:
                 raise ApiError(503, "the replica ended; send the file again", code="replica_lost", retry=1) from None
         content = await request.body()
@@ -153,13 +153,13 @@ class Proxy:
             try:
                 sent = await self._with_copies(request, name, content, body, ids)
                 reply = await cancel_on_disconnect(request, self.send(name, request, sent))
-                return await self._relay(request, name, reply)
+                return await self.relay(request, name, reply)
             except ReplicaLost:
                 if last or path_ids:
                     raise ApiError(503, "the replica ended; try again", code="replica_lost", retry=1) from None
         raise AssertionError("the second try returns or raises")
 
-    async def _relay(self, request: Request, name: str, reply: Reply) -> Response:
+    async def relay(self, request: Request, name: str, reply: Reply) -> Response:
         """The reply as it comes; of what makes or deletes something, the id is read."""
         headers = {key: reply.headers[key] for key in _REPLY_HEADERS if key in reply.headers}
         if request.method == "POST" and request.url.path in _MAKERS and reply.status == 200:

@@ -1,0 +1,1 @@
+"""vLLM as the engine of the server: `keye serve --engine vllm`."""
