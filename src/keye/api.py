@@ -222,7 +222,8 @@ class Keye:
         `prompt_logprobs` those of the prompt (a number of others, or true for as many as `logprobs`);
         `continue_final_message` goes on with the last message, the assistant's; `ignore_eos` goes on to `max_tokens`;
         `stop_loops` False lets a reply that repeats itself without end go on; `evidence` asks which frames the answer
-        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; one that
+        rests on; `deterministic` makes the tokens independent of whatever else is computed, at a cost; `adapter`
+        is the name of one that was loaded (`load_adapter`), without it the model's default answers; one that
         `is_grounding` asks for a list of times, and a note says where none came; `on_progress` is
         called as the media are encoded and the prompt is computed. All others are fields of `SamplingParams`, the
         model's own defaults for those not given."""
@@ -234,7 +235,7 @@ class Keye:
         tools: Sequence[Mapping[str, Any]] = (), attention: AttentionMode | None = None, n: int = 1,
         logprobs: int | None = None, prompt_logprobs: bool | int | None = None, continue_final_message: bool = False,
         ignore_eos: bool = False, evidence: bool = False, deterministic: bool = False, stop_loops: bool = True,
-        **sampling: Any,
+        adapter: str | None = None, **sampling: Any,
     ) -> GenerationRequest:  # fmt: skip
         """What `stream` asks of the engine; its options are explained there."""
         params = self.runtime.sampling_params(**sampling)
@@ -251,6 +252,7 @@ class Keye:
             segments, params, self.runtime.resolve_attention(attention), n=n, logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, ignore_eos=ignore_eos, evidence=evidence, deterministic=deterministic,
             stop_loops=stop_loops, notes=tuple(notes), reasoning=opens_reasoning(segments),
+            adapter=self.runtime.resolve_adapter(adapter),
         )  # fmt: skip
 
     def batch(self, conversations: Sequence[Sequence[Mapping[str, Any] | Message]], **options: Any) -> list[Answer]:
@@ -262,6 +264,15 @@ class Keye:
         for number, event in self.engine.run(requests):
             collectors[number].take(event)
         return [collector.answer for collector in collectors if collector.answer is not None]
+
+    def load_adapter(self, path: str | Path, name: str) -> None:
+        """Loads a LoRA adapter from a folder that PEFT wrote; requests choose it by `name`. `KeyeError` in one sentence
+        for one that cannot be read, was made for another model, or does not fit in memory."""
+        self.engine.load_adapter(path, name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; requests that use it go on with it."""
+        self.runtime.adapters.unload(name)
 
     def clear_caches(self) -> None:
         """Evicts what is kept for later requests: prompts computed before, visual tokens of media."""
@@ -288,7 +299,7 @@ def load(
     attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
-    **unknown: Never,
+    adapters: Mapping[str, str | Path] | None = None, adapter: str | None = None, **unknown: Never,
 ) -> Keye:  # fmt: skip
     """Loads a model by name ("nano", a hub name) or from a folder.
 
@@ -307,6 +318,9 @@ def load(
     keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
 
     `decoder` decodes video files elsewhere, to the same frames: `keye.cluster.decode_reader.ServiceDecoder`.
+
+    `adapters` are LoRA adapters by the names that requests choose them by, each a folder that PEFT wrote; `adapter` is
+    the name of the one that is used by all that choose none.
     """
     for option in unknown:
         near = closest(option, inspect.signature(load).parameters)
@@ -328,11 +342,16 @@ def load(
     folder = resolve(name, revision=revision, progress=progress)
     model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
     notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
-    return Keye(Runtime.create(
+    loaded = Keye(Runtime.create(
         str(config.raw.get("keye_name") or Path(name).name), model, tokenizer, processor, generation_config,
         attention=attention, template=chosen, kv=replace(storing, memory=limit or free_memory(device)),
         notes=tuple(notes), open_index=_open_index, folder=folder,
     ))  # fmt: skip
+    for own, path in (adapters or {}).items():
+        loaded.load_adapter(path, own)
+    if adapter is not None:
+        loaded.runtime.use_by_default(adapter)
+    return loaded
 
 
 def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:

@@ -32,12 +32,14 @@ class Fingerprint:
 
 
 def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fingerprint:
-    """Of a model as it is in memory. Reads at most 256 KiB of each tensor."""
+    """Of a model as it is in memory, with its default adapter. Reads at most 256 KiB of each tensor."""
     facts = processor.to_dict()
     facts["generation"] = facts.pop("release")  # its name in index files, so that earlier ones stay valid
+    weights, adapter = weights_hash(model.state_dict()), model.adapter_rows.default
+    if adapter is not None:
+        weights = _hash_of({"weights": weights, "adapter": adapter.fingerprint})
     return Fingerprint(
-        name, str(model.dtype).removeprefix("torch."), _hash_of(model.config.raw), _hash_of(facts),
-        weights_hash(model.state_dict()),
+        name, str(model.dtype).removeprefix("torch."), _hash_of(model.config.raw), _hash_of(facts), weights
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keye.chat.messages import Medium
 from keye.chat.template import Segment
-from keye.engine.media import check_index_attention
+from keye.engine.media import check_index_adapter, check_index_attention
 from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.request import (
     Event,
@@ -85,11 +85,12 @@ class MediaLoader:
         """In a thread: the prompt with its media probed, and their pixels on the way."""
         try:
             budget = ContextBudget(self._limit, 1 if request.clamp else request.params.max_tokens)
-            prompt = self._builder.lay_out(segments, budget=budget, stream=True, salt=request.salt)
+            prompt = self._builder.lay_out(segments, budget=budget, stream=True, salt=request.vision_salt)
         finally:
             self._notify()
         if prompt.indexed is not None:
             check_index_attention(prompt.indexed, request.attention)
+            check_index_adapter(prompt.indexed, request.adapter)
         return prompt
 
 

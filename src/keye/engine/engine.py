@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -29,6 +30,7 @@ from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.media.processor import MediaItem
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode, Selection
 from keye.models.load import update_tensors
 
@@ -140,18 +142,20 @@ class Engine:
         select: Selection = "indexer",
         deterministic: bool = False,
         seconds: float | None = None,
+        adapter: str | None = None,
     ) -> GenerationRequest:
         """A request of `n` continuations by token ids. It has no text: stop strings and bad words are rejected, and
         replies that repeat themselves go on; `ignore_eos` goes on to `max_tokens`. `experts` and `indexer_sets` are
         recorded on request (`Completion`). `attention` is the model's by default; `select` other than "indexer"
         replaces the choice of keys, as a control. `deterministic` makes the tokens independent of whatever else is
-        computed. `seconds` is the longest that the request may take."""
+        computed. `seconds` is the longest that the request may take. `adapter` is the name of one that was loaded."""
         if sampling.stop or sampling.bad_words:
             raise KeyeError("stop and bad_words are texts, which token ids are not compared with; use stop_token_ids")
         return GenerationRequest(
             self._lay_out(prompt, sampling.max_tokens), sampling, self.runtime.resolve_attention(attention), n=n,
             ignore_eos=ignore_eos, select=select, deterministic=deterministic, seconds=seconds, detokenize=False,
             stop_loops=False, records=True, experts=experts, indexer_sets=indexer_sets,
+            adapter=self.runtime.resolve_adapter(adapter),
         )  # fmt: skip
 
     def score_request(
@@ -162,6 +166,7 @@ class Engine:
         experts: bool = False,
         attention: AttentionMode | None = None,
         deterministic: bool = False,
+        adapter: str | None = None,
     ) -> GenerationRequest:
         """A request for the log-probabilities of given tokens, and of the `top_logprobs` likeliest at each place."""
         vocabulary = self.runtime.config.text.vocab_size
@@ -174,7 +179,7 @@ class Engine:
         return GenerationRequest(
             laid_out, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention),
             prompt_logprobs=top_logprobs, prefill_only=True, detokenize=False, deterministic=deterministic,
-            experts=experts,
+            experts=experts, adapter=self.runtime.resolve_adapter(adapter),
         )  # fmt: skip
 
     def prefill(
@@ -216,6 +221,11 @@ class Engine:
             self.core.restart_prompts()
             self.runtime.forget_weights()
         return version
+
+    def load_adapter(self, path: str | Path, name: str) -> Adapter:
+        """Loads a LoRA adapter from a folder that PEFT wrote, between two steps. `KeyeError` in one sentence where it
+        cannot be read, was made for another model, or does not fit in memory."""
+        return self.runtime.adapters.load(path, name, self.core.exclusive)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Entered around work on the model that is not a request: no step runs meanwhile."""

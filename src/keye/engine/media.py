@@ -18,6 +18,7 @@ from keye.media.notes import Note, emit
 from keye.media.pixels.patches import is_array
 from keye.media.processor import Piece, PlannedMedium, Processor, count_visual_tokens
 from keye.media.source.fetch import Source, as_source, is_index, media_kind, parse_list
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode
 
 
@@ -36,7 +37,7 @@ class VideoIndex:
 
     `token_ids` int64 [P] and `position_ids` int64 [3, P] are what `cache` holds, `next_position` that of the token
     after them. Those from `start` on stand for the video: `pieces`, whose frames were shown at `timestamps`.
-    `attention` is the mode that they were computed in.
+    `attention` is the mode that they were computed in, `adapter` the fingerprint of the adapter that changed them.
     """
 
     name: str
@@ -49,6 +50,7 @@ class VideoIndex:
     plan: Mapping[str, Any]
     attention: AttentionMode
     cache: KVCache
+    adapter: str = ""
 
     @property
     def visual_tokens(self) -> int:
@@ -60,6 +62,14 @@ def check_index_attention(indexed: VideoIndex, mode: AttentionMode) -> None:
     if indexed.attention != mode:
         raise KeyeError(f"{indexed.name} was indexed with {indexed.attention} attention, but the question asks for "
                         f"{mode}: ask with {indexed.attention}, or index the video again")  # fmt: skip
+
+
+def check_index_adapter(indexed: VideoIndex, adapter: Adapter | None) -> None:
+    """`KeyeError` where a question uses another adapter than the index was computed with."""
+    if indexed.adapter != ("" if adapter is None else adapter.fingerprint):
+        manner = "without an adapter" if adapter is None else f"with the adapter {adapter.name}"
+        raise KeyeError(f"{indexed.name} was indexed {'with another adapter' if indexed.adapter else 'without one'}, "
+                        f"but the question is asked {manner}: index the video again in that way")  # fmt: skip
 
 
 #: Opens an index for a model.

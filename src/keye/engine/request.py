@@ -26,6 +26,7 @@ from keye.engine.prompt import Prompt
 from keye.engine.sampling import Sampler, SamplingParams, StopText
 from keye.engine.vision import VisionJob
 from keye.errors import KeyeError, KeyeWarning
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode, Selection
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class GenerationRequest:
     request is complete when its prompt is computed, and `Finished` hands over its stored sequence. `records` asks for a
     `TokenRecord` of each token; `experts` for those that computed each token, also of the prompt, and `indexer_sets`
     for the positions that were attended to. Without `detokenize` no text comes, and no stop string ends it.
-    `select` other than "indexer" replaces the choice of keys in sparse attention, as a control.
+    `select` other than "indexer" replaces the choice of keys in sparse attention, as a control. `adapter` changes what
+    the model computes of it; None for the model's default.
     """
 
     prompt: Sequence[Segment] | Prompt
@@ -89,6 +91,13 @@ class GenerationRequest:
     indexer_sets: bool = False
     detokenize: bool = True
     select: Selection = "indexer"
+    adapter: Adapter | None = None
+
+    @property
+    def vision_salt(self) -> bytes:
+        """Keeps the visual tokens of one owner from those of all others, and those that an adapter changes from those
+        that none does."""
+        return self.salt + self.adapter.vision_salt if self.adapter is not None else self.salt
 
     @property
     def is_stored(self) -> bool:

@@ -15,6 +15,7 @@ from keye.cache.vision import VisionCache
 from keye.chat.template import ChatTemplate, template_of
 from keye.chat.tokenizer import Tokenizer
 from keye.config import GenerationConfig, KeyeConfig
+from keye.engine.adapters import Adapters
 from keye.engine.media import VideoIndex
 from keye.engine.prompt import PromptBuilder
 from keye.engine.request import check_attention
@@ -22,6 +23,7 @@ from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
 from keye.media.processor import Processor
 from keye.media.source.fetch import Source
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 
@@ -34,10 +36,10 @@ if TYPE_CHECKING:
 class Runtime:
     """A model and everything that is computed with it; create one with `Runtime.create`.
 
-    `attention` is the mode of requests that name none. `store` holds keys and values; every byte of it, of the caches
-    and of scratch is reserved in `ledger`. `notes` are sentences about what loading left out or took for granted.
-    `open_index` opens an index of a video as the beginning of prompts; without it, indexes are rejected. `folder` holds
-    the files of the model, None for one that was made in memory.
+    `attention` is the mode of requests that name none. `store` holds keys and values; every byte of it, of the caches,
+    of `adapters` and of scratch is reserved in `ledger`. `notes` are sentences about what loading left out or took for
+    granted. `open_index` opens an index of a video as the beginning of prompts; without it, indexes are rejected.
+    `folder` holds the files of the model, None for one that was made in memory.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Runtime:
     store: KVStore
     vision_cache: VisionCache
     prefixes: PrefixCache
+    adapters: Adapters
     notes: tuple[str, ...] = ()
     open_index: Callable[[Runtime, Source], VideoIndex] | None = None
     folder: Path | None = None
@@ -85,7 +88,7 @@ class Runtime:
             name=name, model=model, tokenizer=tokenizer, processor=processor, generation_config=generation_config,
             template=template or own, attention=attention if model.config.text.sparse is not None else "dense",
             kv=kv, ledger=ledger, store=store, vision_cache=VisionCache(ledger=ledger), prefixes=PrefixCache(store),
-            notes=tuple(notes), open_index=open_index, folder=folder,
+            adapters=Adapters(model, ledger), notes=tuple(notes), open_index=open_index, folder=folder,
         )  # fmt: skip
 
     @property
@@ -125,6 +128,17 @@ class Runtime:
         if attention == "sparse" and self.config.text.sparse is None:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
+
+    def resolve_adapter(self, name: str | None) -> Adapter | None:
+        """The adapter of a request that asks for `name`, None for the default; `KeyeError` for one that is not
+        loaded."""
+        return None if name is None else self.adapters.get(name)
+
+    def use_by_default(self, name: str) -> None:
+        """All requests that name no adapter use this one from now on, and so does whatever else is computed; meant for
+        the time before the first of them."""
+        self.model.adapter_rows.default = self.adapters.get(name)
+        self.forget_weights()
 
     def sampling_params(self, **options: Any) -> SamplingParams:
         """The model's sampling defaults with the given fields in their place; `None` means not given."""

@@ -263,7 +263,7 @@ class Scheduler:
         first = int(ready.prompt.visual_counts[state.done - 1]) if state.done else 0
         model, cache = self.runtime.model, self.runtime.vision_cache
         try:
-            state.vision = VisionJob(model, ready.prompt.media, first=first, cache=cache)
+            state.vision = VisionJob(model, ready.prompt.media, first=first, cache=cache, adapter=task.request.adapter)
         except (KeyeError, OSError, RuntimeError) as error:  # the file is gone, or no decode worker could be started
             self.fail(task, error)
             return
@@ -366,7 +366,7 @@ class Scheduler:
             state.cache, prompt.token_ids[start:stop], prompt.position_ids[:, start:stop],
             state.vision.tokens(before, after) if after > before else None,
             wanted, request.attention, counts, fixed is not None, request.select,
-            task.experts if request.experts else None, request.deterministic,
+            task.experts if request.experts else None, request.deterministic, adapter=request.adapter,
         )  # fmt: skip
         return [Work(task, piece)]
 
@@ -385,7 +385,7 @@ class Scheduler:
             piece = Slice(
                 branch.cache, torch.tensor(branch.pending[:1]), torch.full((3, 1), branch.position), None, "last",
                 request.attention, counts, request.deterministic, request.select,
-                [] if request.experts else None, request.deterministic,
+                [] if request.experts else None, request.deterministic, adapter=request.adapter,
             )  # fmt: skip
             work.append(Work(task, piece, branch))
         return work
@@ -444,4 +444,5 @@ class Scheduler:
 
 def _cache_namespace(request: GenerationRequest) -> bytes:
     """Separates the prefixes of one owner from another's, and one way to compute from another."""
-    return request.salt + b"\0" + f"{request.attention} {request.select}".encode()
+    adapter = "" if request.adapter is None else request.adapter.fingerprint
+    return request.salt + b"\0" + f"{request.attention} {request.select} {adapter}".encode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Final, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from keye.cache.ledger import Ledger
 from keye.cache.sequence import KVCache
 from keye.config import TextConfig
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode, CachedStep, GroupScores, Selection, Span
 from keye.models.keye import KeyeModel
 
@@ -37,7 +39,7 @@ class Slice:
     that stand at its placeholders. `alone` slices are computed in a pass of their own, and `fixed` ones, which are
     alone as well, by products of one shape whatever their length. `counts`, `scored` and `experts` receive what
     `keye.models.attention.Span` counts, the indexer's scores, and the selected experts int16 [n, routed layers, experts
-    per token]."""
+    per token]. `adapter` changes what is computed of it; None for the model's default."""
 
     cache: KVCache
     token_ids: Tensor
@@ -51,6 +53,7 @@ class Slice:
     experts: list[Tensor] | None = None
     fixed: bool = False
     scored: GroupScores | None = None
+    adapter: Adapter | None = None
 
 
 def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> int:
@@ -145,20 +148,25 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
     device = model.device
     ids = torch.cat([piece.token_ids for piece in slices]).to(device)
     positions = torch.cat([piece.position_ids for piece in slices], dim=1).to(device)
-    x = model.model.embed_tokens(ids)
-    spans, start = [], 0
+    adapted, spans, start = model.adapter_rows, list[Span](), 0
+    places = _consecutive([piece.token_ids.shape[0] for piece in slices])
+    rows_of = [(piece.adapter, rows) for piece, rows in zip(slices, places, strict=True)]
+    with adapted.use(rows_of, device):
+        x = model.model.embed_tokens(ids)
     for piece in slices:
         spans.append(Span(start, start + piece.token_ids.shape[0], piece.cache, piece.counts, piece.scored))
         part, start = slice(start, spans[-1].stop), spans[-1].stop
         if piece.visual is not None:  # a placeholder elsewhere is a token that a model has drawn, and stands for itself
-            x[part] = model.embed(ids[part], piece.visual)
+            with adapted.use_for_all(piece.adapter):
+                x[part] = model.embed(ids[part], piece.visual)
     routed: list[Tensor] = []
     is_traced = any(piece.experts is not None for piece in slices)
     step = CachedStep(
         spans, model.config.text, mode=slices[0].mode, select=slices[0].select, fixed=slices[0].fixed,
         on_router=(lambda _layer, _logits, experts: routed.append(experts)) if is_traced else None,
     )  # fmt: skip
-    hidden = model(x, positions, step)
+    with adapted.use(rows_of, device):
+        hidden = model(x, positions, step)
     if routed:
         experts = torch.stack(routed, dim=1).to("cpu", torch.int16)
         for span, piece in zip(spans, slices, strict=True):
@@ -174,6 +182,13 @@ def _run_group(model: KeyeModel, slices: Sequence[Slice]) -> list[Tensor | None]
         return [None] * len(slices)
     if slices[0].fixed and slices[0].wanted == "last":
         hidden, chosen = hidden[-1:], [0]  # the head sees one row, whatever the slice was
-    logits = model.logits(hidden if len(chosen) == hidden.shape[0] else hidden[chosen])
-    parts = logits.split([len(wanted) for wanted in rows])
+    counts = [len(wanted) for wanted in rows]
+    with adapted.use([(piece.adapter, row) for piece, row in zip(slices, _consecutive(counts), strict=True)], device):
+        logits = model.logits(hidden if len(chosen) == hidden.shape[0] else hidden[chosen])
+    parts = logits.split(counts)
     return [part if wanted else None for part, wanted in zip(parts, rows, strict=True)]
+
+
+def _consecutive(counts: Sequence[int]) -> list[range]:
+    """Ranges of so many rows each, one behind another."""
+    return [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]

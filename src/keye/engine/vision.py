@@ -20,6 +20,7 @@ from keye.cache.vision import VisionCache
 from keye.errors import KeyeWarning
 from keye.media.pixels.patches import PixelReader
 from keye.media.processor import MediaItem
+from keye.models.adapters import Adapter
 from keye.models.keye import KeyeModel
 from keye.models.vision import PATCHES_PER_CHUNK
 
@@ -59,12 +60,15 @@ class VisionJob:
 
     With `first`, the media that end before visual token `first` are left out: their keys and values are stored already.
     A medium that `cache` knows is neither decoded nor encoded, others are added to it. Tokens held here count in the
-    account `vision` of its ledger. Close a job that is not needed any more: it may have a decode worker.
+    account `vision` of its ledger. An `adapter` may change what is encoded; the keys of the media tell. Close a job
+    that is not needed any more: it may have a decode worker.
     """
 
     def __init__(
-        self, model: KeyeModel, media: Sequence[MediaItem], *, first: int = 0, cache: VisionCache | None = None
-    ) -> None:
+        self, model: KeyeModel, media: Sequence[MediaItem], *, first: int = 0, cache: VisionCache | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:  # fmt: skip
+        self._adapter = adapter
         self._model, self._cache = model, cache or VisionCache(0)
         self._ledger = self._cache.ledger
         self.total, self.ready = sum(item.visual_tokens for item in media), 0
@@ -121,7 +125,8 @@ class VisionJob:
             group = self._groups.pop(0)
             try:
                 pixels, grids = self._reader.take(group.rows).tensors()
-                tokens = self._model.encode_vision(pixels.to(self._model.device), grids)
+                with self._model.adapter_rows.use_for_all(self._adapter):
+                    tokens = self._model.encode_vision(pixels.to(self._model.device), grids)
             except BaseException:
                 self._ledger.release(ACCOUNT, nbytes)
                 raise

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
+from keye.models.adapters import AdapterRows
 from keye.models.attention import Attention, Indexer, Numerics, Rope, Step, cache_rows
 from keye.models.layers import MLP, Layer, Linear, RMSNorm, embedding
 from keye.models.moe import MoE
@@ -85,6 +86,7 @@ class KeyeModel(Layer):
     """Keye-VL as one module; built on any device, including `meta`.
 
     `origin` is the folder it was loaded from if that holds tensors which no forward pass reads and saving must keep.
+    `adapter_rows` says which rows of a pass use which adapter; nothing of it is among the model's tensors.
     """
 
     origin: Path | None = None
@@ -93,7 +95,7 @@ class KeyeModel(Layer):
 
     def __init__(self, config: KeyeConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.adapter_rows = config, AdapterRows()
         text = config.text
         self.visual = Visual(config.vision)
         self.mlp_AR = Projector(config.vision, text.hidden_size)

@@ -5,6 +5,7 @@ Legend: T tokens, E experts, K experts a token, d model width, I expert width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +43,26 @@ class Experts(Layer):
         weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, d, I."""
+        experts, inner, d = self.down_proj.shape
+        return experts, d, inner
+
+    def project_up(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """The first of the two products alone: [rows, d] -> [rows, 2I]."""
+        return _multiply(x, self.gate_up_proj, sizes)
+
+    def project_down(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """The second one: [rows, I] -> [rows, d]."""
+        return _multiply(x, self.down_proj, sizes)
+
+
+def _multiply(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+    if (matmul := find_grouped_matmul(x, weight)) is not None:
+        return matmul(x, weight, sizes)
+    return torch.cat([part @ own for part, own in zip(x.split(sizes), weight.unbind(0), strict=True) if part.shape[0]])
+
 
 def lay_out_for_decoding(experts: Experts) -> None:
     """Has the weights of large experts lie in memory with the inner dimension contiguous, shapes as before: few rows
@@ -62,7 +83,13 @@ class Router(nn.Linear):
 
 
 class MoE(Layer):
-    """Routes each token to its top-k experts and sums their outputs with the router's weights."""
+    """Routes each token to its top-k experts and sums their outputs with the router's weights.
+
+    `mix_adapted` goes before `mix` where adapters change the experts: (self, x, weights, chosen) -> the sums, or None
+    where no row uses one.
+    """
+
+    mix_adapted: Callable[[MoE, Tensor, Tensor, Tensor], Tensor | None] | None = None
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -76,13 +103,18 @@ class MoE(Layer):
         weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
+        out = None if self.mix_adapted is None else self.mix_adapted(self, x, weights, chosen)
+        return self.mix(x, weights, chosen) if out is None else out, logits, chosen
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """The outputs of the `chosen` experts [T, K] of each token, summed with their `weights`: [T, d]."""
         mix = getattr(self.experts, "mix", None)  # what stands in place of the experts need not have it
         if mix is not None and (mixed := mix(x, weights, chosen)) is not None:
-            return mixed, logits, chosen
-        token_of_row, row_of_slot, sizes = plan_rows(chosen, logits.shape[1])
+            return mixed
+        token_of_row, row_of_slot, sizes = plan_rows(chosen, self.gate.weight.shape[0])
         y = self.experts(Dispatch.apply(x, token_of_row, row_of_slot), sizes)
         gathered = Collect.apply(y, row_of_slot)
-        return self.elementwise.weighted_sum(gathered, weights.to(x.dtype)), logits, chosen
+        return self.elementwise.weighted_sum(gathered, weights.to(x.dtype))
 
 
 def plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -142,5 +142,17 @@ class QuantExperts(nn.Module):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
-        gate_up = quantized.grouped_matmul(x, self.gate_up_proj.tensor, sizes)
-        return quantized.grouped_matmul(self.elementwise.swiglu(gate_up), self.down_proj.tensor, sizes)
+        return self.project_down(self.elementwise.swiglu(self.project_up(x, sizes)), sizes)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """E, d, I."""
+        return self.down_proj.shape  # type: ignore[return-value]
+
+    def project_up(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """The first of the two products alone: [rows, d] -> [rows, 2I]."""
+        return quantized.grouped_matmul(x, self.gate_up_proj.tensor, sizes)
+
+    def project_down(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """The second one: [rows, I] -> [rows, d]."""
+        return quantized.grouped_matmul(x, self.down_proj.tensor, sizes)

@@ -136,6 +136,11 @@ def open_checkpoint(folder: Path, wanted: Callable[[str], bool] | None = None) -
     return {name: tensor for name, tensor in tensors.items() if wanted is None or wanted(name)}
 
 
+def open_file(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name; reads its header only."""
+    return {tensor.name: tensor for tensor in _read_header(file)}
+
+
 def weight_files(folder: Path, wanted: Callable[[str], bool] | None = None) -> list[Path]:
     """The safetensors files that make up the checkpoint in `folder`, none where it has no weights."""
     index = folder / INDEX_FILE
