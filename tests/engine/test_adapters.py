@@ -21,7 +21,7 @@ from keye.models.keye import KeyeModel
 from keye.models.load import replace_layers
 from keye.models.moe import Experts
 from keye.ops.quantized import QuantFormat
-from keye.quant.layers import QuantExperts, QuantizedWeight, QuantLinear
+from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
 from tests.support.adapters import LAYERS, add_products, random_pairs, rslora, write_adapter
 from tests.support.engine import about, add, clip, greedy, run, run_all, step, tokens_of
 from tests.support.tiny import tiny_model
@@ -189,7 +189,8 @@ def quantise(model: KeyeModel) -> None:
             fill(own.gate_up_proj, layer.gate_up_proj.transpose(1, 2))
             fill(own.down_proj, layer.down_proj.transpose(1, 2))
             return own
-        own = QuantLinear.like(layer, form)
+        kind = QuantEmbedding if isinstance(layer, torch.nn.Embedding) else QuantLinear
+        own = kind.like(layer, form)
         fill(own.weight, layer.weight)
         return own
 

@@ -37,7 +37,7 @@ class Adapters:
 
     def load(self, path: str | Path, name: str, exclusive: Callable[[], AbstractContextManager[None]]) -> Adapter:
         """Reads the adapter in the folder `path`; it is attached to the model under `exclusive`. `KeyeError` for a name
-        that is taken, an adapter that does not fit the model, and one for which there is no memory."""
+        that is taken, an adapter that does not fit the model, and one that memory does not hold."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise KeyeError(f"{str(name)[:100]!r} is not a name for an adapter: use letters, digits and . _ - / : @ +")
         with self._loading:
