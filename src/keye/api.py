@@ -34,6 +34,7 @@ from keye.hub import check_runs, resolve
 from keye.media.processor import Decoder, Processor
 from keye.models.attention import AttentionMode
 from keye.models.load import LoadReport, load_model, torch_dtype
+from keye.ops.quantized import QuantKind
 from keye.process import check_device
 from keye.releases import Release
 from keye.sessions.answer import Answer, AnswerStream, Collector, stream_answer
@@ -295,7 +296,7 @@ def _with_merged_intervals(stream: AnswerStream) -> Generator[str | Answer]:
 
 
 def load(
-    name_or_path: str | Path = "nano", *, device: str = "cpu", dtype: str | None = None,
+    name_or_path: str | Path = "nano", *, device: str = "cpu", dtype: str | None = None, quant: QuantKind | None = None,
     attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
@@ -306,7 +307,9 @@ def load(
     `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
     all files while a model is fetched from there.
 
-    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `template` is
+    `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `quant` int4,
+    int8 or fp8 quantises the weights while they are read (`keye.quant.policy.make_policy` says which part how), with
+    2 GiB beyond the result at most; a checkpoint that is quantised already keeps its bits without it. `template` is
     "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
     generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is executed;
     its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
@@ -340,7 +343,7 @@ def load(
     processor = Processor(load_processor_config(folder), decoder=decoder)
     generation_config = load_generation_config(folder)
     folder = resolve(name, revision=revision, progress=progress)
-    model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype))
+    model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype), quant=quant)
     notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
     loaded = Keye(Runtime.create(
         str(config.raw.get("keye_name") or Path(name).name), model, tokenizer, processor, generation_config,

@@ -201,7 +201,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
         if options["threads"]:
             torch.set_num_threads(options["threads"])
         model = keye.load(
-            options["model"], device=options["device"], dtype=options["dtype"],
+            options["model"], device=options["device"], dtype=options["dtype"], quant=options.get("quant"),
             **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
             template=options.get("template") or "auto", decoder=decoder,
         )  # fmt: skip

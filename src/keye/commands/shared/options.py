@@ -103,6 +103,8 @@ running_device: Callable[[F], F] = combine(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                  help="Number format of the weights.  [default: the checkpoint's]"),
+    click.option("--quant", type=click.Choice(["int4", "int8", "fp8"]),
+                 help="Quantise the weights while they are loaded.  [default: as the checkpoint has them]"),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
 )  # fmt: skip
 running: Callable[[F], F] = combine(model_name, running_device)
@@ -221,7 +223,7 @@ def pick_set(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, An
 
 def engine_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `keye.load`, and `threads`, as plain data."""
-    names = ("model", "device", "dtype", "threads", "template", *STORING_OPTIONS)
+    names = ("model", "device", "dtype", "quant", "threads", "template", *STORING_OPTIONS)
     settings = {name: arguments[name] for name in names if arguments[name] is not None}
     model = Path(settings["model"])
     if model.is_dir():
