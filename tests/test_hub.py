@@ -21,16 +21,6 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
     assert hub.resolve(str(folder)) == folder
 
 
-def test_gguf_is_refused_until_it_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "Keye-VL-2.0-Q4_K_M.gguf"
-    file.write_bytes(b"GGUF\x03\x00\x00\x00")
-    with pytest.raises(KeyeError, match="is a GGUF file, which keye does not read yet: give a checkpoint folder"):
-        hub.resolve(file)
-    with pytest.raises(KeyeError, match=r"weights as GGUF \(Keye-VL-2.0-Q4_K_M.gguf\), which keye does not read yet"):
-        hub.resolve(tmp_path, weights=False)
-    assert hub.resolve(checkpoint(tmp_path, "config.json", "model.safetensors")) == tmp_path
-
-
 @pytest.mark.parametrize("name", ["nano", "keye-nano", "NANO"])
 def test_packaged_names(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(tmp_path / "assets" / "nano", "config.json")
@@ -69,7 +59,7 @@ def test_a_path_object_is_never_a_name() -> None:
 
 def test_what_cannot_be_a_checkpoint(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "model", "notes.txt")
-    with pytest.raises(KeyeError, match="is a file: give the checkpoint folder"):
+    with pytest.raises(KeyeError, match="is a file: give a GGUF file, or the folder"):
         hub.resolve(folder / "notes.txt")
     with pytest.raises(KeyeError, match="holds no config.json"):
         hub.resolve(folder)

@@ -300,17 +300,19 @@ def load(
     attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
-    adapters: Mapping[str, str | Path] | None = None, adapter: str | None = None, **unknown: Never,
+    adapters: Mapping[str, str | Path] | None = None, adapter: str | None = None, mmproj: str | Path | None = None,
+    **unknown: Never,
 ) -> Keye:  # fmt: skip
-    """Loads a model by name ("nano", a hub name) or from a folder.
+    """Loads a model by name ("nano", a hub name), from a folder or from a GGUF file. `mmproj` is the vision part of a
+    GGUF file, by default the only `mmproj*.gguf` beside it; without one the model answers text alone.
 
     `revision` is a branch, tag or commit on the hub; `progress` is called with the bytes that are here and the bytes of
     all files while a model is fetched from there.
 
     `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `quant` int4,
     int8 or fp8 quantises the weights while they are read (`keye.quant.policy.make_policy` says which part how), with
-    2 GiB beyond the result at most; a checkpoint that is quantised already keeps its bits without it. `template` is
-    "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
+    2 GiB beyond the result at most; without it, and without `dtype`, a quantised checkpoint keeps its bits. `template`
+    is "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
     generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is executed;
     its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
     lack, and whose formats are used.
@@ -335,18 +337,21 @@ def load(
     name = str(name_or_path)
     check_runs(name)
     # The small files come first: what they refuse need not be downloaded.
-    folder = resolve(name, revision=revision, weights=False, progress=progress)
+    folder = resolve(name, revision=revision, weights=False, progress=progress, mmproj=mmproj)
     config = load_model_config(folder)
     chosen = _template(template, folder, config.release)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor = Processor(load_processor_config(folder), decoder=decoder)
     generation_config = load_generation_config(folder)
-    folder = resolve(name, revision=revision, progress=progress)
-    model, report = load_model(folder, config, device=device, dtype=torch_dtype(dtype or config.dtype), quant=quant)
+    folder = resolve(name, revision=revision, progress=progress, mmproj=mmproj)
+    chosen_dtype = torch_dtype(dtype or config.dtype)
+    form = quant or (None if dtype is None else "none")
+    model, report = load_model(folder, config, device=device, dtype=chosen_dtype, quant=form)
     notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
+    own_name = str(config.raw.get("keye_name") or Path(name).name.removesuffix(".gguf"))
     loaded = Keye(Runtime.create(
-        str(config.raw.get("keye_name") or Path(name).name), model, tokenizer, processor, generation_config,
+        own_name, model, tokenizer, processor, generation_config,
         attention=attention, template=chosen, kv=replace(storing, memory=limit or free_memory(device)),
         notes=tuple(notes), open_index=_open_index, folder=folder,
     ))  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.parity.cases import Case, Check, NotApplicable
 from tests.support.parity.dsa import run_dsa
+from tests.support.parity.gguf import run_gguf
 from tests.support.parity.networks import run_language_model, run_vision
 from tests.support.parity.preprocess import run_preprocess
 from tests.support.parity.processor import run_processor
@@ -21,6 +22,7 @@ SETS: dict[str, Callable[[Case, Check], None]] = {
     "lm": run_language_model,
     "e2e": run_language_model,
     "dsa": run_dsa,
+    "gguf": run_gguf,
 }
 
 

@@ -161,6 +161,11 @@ class Tokenizer:
         """Load `tokenizer.json`, or the one inside the folder `path`."""
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
+            from keye.weights.gguf.folder import read_link
+
+            if (link := read_link(file.parent)) is not None:
+                raise KeyeError(f"{link[0]} holds no tokens, so that keye cannot read or write text with it: convert "
+                                "the model again with its tokenizer.")  # fmt: skip
             raise KeyeError(f"{file} does not exist: a checkpoint folder must hold tokenizer.json.")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(file)))
@@ -273,6 +278,8 @@ def check_tokenizer(tokenizer: Tokenizer, config: KeyeConfig) -> None:
     fix = "use the tokenizer.json and the config.json of one release"
     for field, token in _MEDIA_TOKENS.items():
         wanted, index = getattr(config, field), tokenizer.added_tokens.get(token)
+        if wanted < 0:
+            continue  # a model without vision
         if index is None:
             raise KeyeError(f"The tokenizer has no token {token}, but config.json sets {field} to {wanted}: {fix}.")
         if index != wanted:

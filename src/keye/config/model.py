@@ -108,6 +108,9 @@ class KeyeConfig:
 
     `tokens_per_second` is what one second of video adds to the time axis of M-RoPE (Preview); None means that a frame
     is placed like an image and its time is in the text (1.5, 2.0).
+
+    Without `has_vision` only the language model is there (`vision_config` is null): `vision` is then nominal, and ids
+    of tokens that stand for media are -1 where the vocabulary has none.
     """
 
     architecture: str
@@ -121,6 +124,7 @@ class KeyeConfig:
     pad_token_id: int | None = None
     dtype: str = "bfloat16"
     tokens_per_second: float | None = None
+    has_vision: bool = True
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     unknown: tuple[str, ...] = field(default=(), compare=False)
 
@@ -229,6 +233,10 @@ _VISION_KINDS = {
     "size": (*_VISION_REQUIRED, "patch_size", "image_size", "num_channels", "spatial_merge_size"),
     "positive": ("rope_theta", "layer_norm_eps"),
 }
+#: What stands for the vision tower of a model without one: that of every release.
+_NOMINAL_VISION = {
+    "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+}  # fmt: skip
 _SPARSE_KINDS = {"size": ("indexer_num_heads", "indexer_head_dim", "topk", "indexer_num_kv_heads")}
 #: Fields that stand in the object `keye` of generation_config.json; the others are official ones.
 GENERATION_FIELDS = (
@@ -279,7 +287,8 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
             "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
         )
     check_quantization(raw)
-    require(raw, [*_TEXT_REQUIRED, *_TOKEN_IDS, "vision_config"], "config.json")
+    has_vision = not ("vision_config" in raw and raw["vision_config"] is None)
+    require(raw, [*_TEXT_REQUIRED, *((*_TOKEN_IDS, "vision_config") if has_vision else ())], "config.json")
     check_fields("config.json", raw, _MODEL_KINDS)
     if raw.get("use_sliding_window"):
         raise ConfigError("use_sliding_window is true; no Keye model uses it and it is not supported")
@@ -292,8 +301,9 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     text = _text_config(raw, release.architectures[architecture])
     known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
-    vision, tokens_per_second = vision_config_from_dict(raw), release.tokens_per_second
-    if tokens_per_second is not None:
+    vision = vision_config_from_dict(raw if has_vision else {**raw, "vision_config": _NOMINAL_VISION})
+    tokens_per_second = release.tokens_per_second
+    if tokens_per_second is not None and has_vision:
         check_fields("vision_config", raw["vision_config"], {"positive": ("tokens_per_second",)})
         tokens_per_second = float(raw["vision_config"].get("tokens_per_second") or tokens_per_second)
     config = KeyeConfig(
@@ -305,8 +315,9 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
         raw=dict(official),
         tokens_per_second=tokens_per_second,
+        has_vision=has_vision,
         unknown=tuple(sorted(set(raw) - known)),
-        **{name: int(raw[name]) for name in _TOKEN_IDS},
+        **{name: int(raw.get(name, -1)) for name in _TOKEN_IDS},
     )
     for problem in _contradictions(config):
         raise ConfigError(problem)
@@ -464,6 +475,8 @@ def _contradictions(config: KeyeConfig) -> Iterator[str]:
     names: dict[int, str] = {}
     for name in _TOKEN_IDS:
         index = getattr(config, name)
+        if index < 0:
+            continue  # a model without vision
         if index >= config.text.vocab_size:
             yield f"{name} {index} is beyond the vocabulary: vocab_size is {config.text.vocab_size}"
         if index in names:

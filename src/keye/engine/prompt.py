@@ -172,8 +172,15 @@ class PromptBuilder:
             segments = drop_last_end(messages, segments)
         for segment in segments:
             if isinstance(segment.value, Medium):
+                self._check_vision()
                 check_medium(segment.value)
         return segments
+
+    def _check_vision(self) -> None:
+        """`KeyeError` where media come to a model without a vision part."""
+        if not self.config.has_vision:
+            raise KeyeError("this model was loaded without its vision part and reads text alone: load it with its {} "
+                            "file, or leave the media out", Option("mmproj"))  # fmt: skip
 
     def encode_around(
         self, question: str, *, template: ChatTemplate | CheckpointTemplate | None = None, thinking: bool | None = None
@@ -238,6 +245,7 @@ class PromptBuilder:
         """A medium with its pixels, one of `videos` in its prompt, for engines that lay out prompts themselves (with
         `piece_ids`). `ContextError` for one that does not fit `budget` by itself; where its size can be planned, before
         anything of it is decoded."""
+        self._check_vision()
         planned = plan_medium(medium, self.processor, videos, self.open_index)
         if budget is not None:
             budget.check(len(self.piece_ids(planned.pieces)), planned.visual_tokens, at_least=True)

@@ -97,8 +97,9 @@ class KeyeModel(Layer):
         super().__init__()
         self.config, self.adapter_rows = config, AdapterRows()
         text = config.text
-        self.visual = Visual(config.vision)
-        self.mlp_AR = Projector(config.vision, text.hidden_size)
+        if config.has_vision:
+            self.visual = Visual(config.vision)
+            self.mlp_AR = Projector(config.vision, text.hidden_size)
         self.model = Decoder(text)
         self.lm_head = Linear(text.hidden_size, text.vocab_size, bias=False)
         self.tie_weights()

@@ -20,11 +20,11 @@ from keye.models.keye import KeyeModel
 from keye.models.moe import Experts, Router, lay_out_for_decoding
 from keye.models.quant_fill import (
     Fill,
+    keep_formats,
     plain_fills,
     plain_state,
     quantize_layer,
     quantized_weights,
-    stored_format,
     stored_policy,
     weight_fills,
 )  # fmt: skip
@@ -34,8 +34,15 @@ from keye.quant.layers import QuantExperts, QuantLinear
 from keye.quant.policy import Policy, make_policy
 from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, per_expert_modules
 from keye.weights.open import open_weights
-from keye.weights.safetensors import SHARD_BYTES, open_checkpoint, write_checkpoint
-from keye.weights.source import MemoryTensor, TensorSource, WeightsError, ask_for_huge_pages, copy_all
+from keye.weights.safetensors import SHARD_BYTES, write_checkpoint
+from keye.weights.source import (
+    MemoryTensor,
+    TensorSource,
+    WeightsError,
+    ask_for_huge_pages,
+    copy_all,
+    dequantized,
+)  # fmt: skip
 
 #: (full name, plain layer) -> the layer to use in its place: the same one, or one with the same `forward`, such as a
 #: quantised one, a shard, or one that carries an adapter and keeps the plain layer inside its own.
@@ -64,13 +71,16 @@ def load_model(
 ) -> tuple[KeyeModel, LoadReport]:  # fmt: skip
     """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
-    `dtype` defaults to the one in the config. Quantised files keep their bits; `quant` int4, int8, fp8 or a policy
-    quantises others while they are read. `layers` replaces layers while they are on the meta device: the files must
-    then hold the tensors of the replacements. A 2.0 checkpoint without any indexer weights gives a dense model.
-    Raises `WeightsError` that names every missing, mis-shaped and, if `strict`, unexpected tensor.
+    `dtype` defaults to the one in the config. Quantised files keep their bits, unless `quant` is none: then those of
+    other programs (GGUF) become plain numbers; int4, int8, fp8 or a policy quantises others while they are read.
+    `layers` replaces layers while they are on the meta device: the files must then hold the tensors of the
+    replacements. A 2.0 checkpoint without any indexer weights gives a dense model. Raises `WeightsError` that names
+    every missing, mis-shaped and, if `strict`, unexpected tensor.
     """
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_weights(Path(folder))
+    if quant == "none":
+        tensors, quant = {name: dequantized(source) for name, source in tensors.items()}, None
     policy = make_policy(quant) if isinstance(quant, str) else quant
     if policy is not None:
         check_not_quantised(tensors, config)
@@ -112,7 +122,7 @@ def load_vision(
     hidden = raw.get("hidden_size")
     if type(hidden) is not int or hidden < 1:
         raise WeightsError(f"{folder}/config.json has hidden_size {hidden!r}; the projector needs the decoder's width")
-    tensors = open_checkpoint(Path(folder), lambda name: name.startswith(VISION))
+    tensors = open_weights(Path(folder), lambda name: name.startswith(VISION))
     with torch.device("meta"):
         tower = VisionTower(vision_config_from_dict(raw), hidden).to(dtype)
     plan, report = _plan(tower, tensors, strict=True)
@@ -187,8 +197,10 @@ def _carried(model: KeyeModel) -> dict[str, Tensor]:
     if model.origin is None:
         return {}
     try:
-        tensors = open_checkpoint(model.origin, lambda name: CARRIED.search(name) is not None)
-        return {name: tensor.read() for name, tensor in tensors.items() if tensor.is_readable}
+        tensors = open_weights(model.origin, lambda name: CARRIED.search(name) is not None)
+        read = {name: torch.empty(tensor.shape) for name, tensor in tensors.items() if tensor.is_readable}
+        copy_all(work for name, target in read.items() for work in tensors[name].pieces(target))
+        return read
     except KeyeError as error:
         why = f"the packing table of {model.origin} cannot be copied, which vLLM's loader will miss ({error})"
         warn(KeyeWarning(why), stacklevel=3)
@@ -222,7 +234,9 @@ def plan_model(
         stored, per_expert = policy or stored_policy(config), per_expert_modules(tensors)
 
         def quantise(name: str, layer: nn.Module) -> nn.Module:
-            form = stored.format_of(f"{name}.weight") if stored else stored_format(name, tensors, per_expert)
+            if stored is None:
+                return keep_formats(name, layer, tensors, per_expert)
+            form = stored.format_of(f"{name}.weight")
             return layer if form is None else quantize_layer(layer, form)
 
         replace_layers(model, quantise)

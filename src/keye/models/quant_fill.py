@@ -5,7 +5,7 @@ Legend: E experts, M outputs, K inputs, I expert width, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -75,15 +75,35 @@ def stored_policy(config: KeyeConfig) -> Policy | None:
     return Policy.from_dict(section) if isinstance(section, Mapping) and section.get("quant_method") == "keye" else None
 
 
-def stored_format(name: str, tensors: Mapping[str, TensorSource], per_expert: Collection[str]) -> QuantFormat | None:
-    """The format that keeps the matrix or experts of a layer as the files have them; None for floating-point ones."""
-    if name in per_expert:
-        formats = {source.format for own, source in tensors.items() if own.startswith(f"{name}.")}
-    else:
-        formats = {tensors[f"{name}.weight"].format} if f"{name}.weight" in tensors else {None}
-    if formats == {None}:
-        return None
-    return formats.pop() if len(formats) == 1 else _MIXED
+def keep_formats(
+    name: str, layer: nn.Module, tensors: Mapping[str, TensorSource], per_expert: Collection[str]
+) -> nn.Module:
+    """The layer that keeps its matrix or experts as the files have them: the plain one for floating-point numbers."""
+    if not isinstance(layer, Experts):
+        source = tensors.get(f"{name}.weight")
+        return layer if source is None or source.format is None else quantize_layer(layer, source.format)
+    if name not in per_expert:
+        return layer
+    experts = range(layer.gate_up_proj.shape[0])
+    up, down = (
+        _common_format(tensors, [f"{name}.{e}.{leaf}_proj.weight" for e in experts for leaf in leaves])
+        for leaves in (("gate", "up"), ("down",))
+    )
+    if up is None and down is None:
+        return layer
+    plain = quantize_layer(layer, up or down or _MIXED)
+    assert isinstance(plain, QuantExperts)
+    gate_up, last = plain.gate_up_proj, plain.down_proj
+    return QuantExperts(
+        QuantizedWeight(up or _MIXED, gate_up.shape, gate_up.dtype, gate_up.device),
+        QuantizedWeight(down or _MIXED, last.shape, last.dtype, last.device),
+    )
+
+
+def _common_format(tensors: Mapping[str, TensorSource], names: Iterable[str]) -> QuantFormat | None:
+    """The format of all these tensors; `_MIXED` where they have several, None where none is quantised."""
+    formats = {tensors[name].format for name in names if name in tensors}
+    return (formats.pop() if formats else None) if len(formats) < 2 else _MIXED
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:

@@ -15,4 +15,15 @@ def open_weights(path: Path, wanted: Callable[[str], bool] | None = None) -> Map
     `wanted` leaves out names, and files that hold no other ones are not opened. `WeightsError` where nothing at `path`
     is a checkpoint.
     """
+    from keye.weights.gguf.folder import find_mmproj, read_link
+    from keye.weights.gguf.reader import is_gguf
+
+    if path.is_file() and is_gguf(path):
+        link: tuple[Path, Path | None] | None = path, find_mmproj(path)
+    else:
+        link = read_link(path)
+    if link is not None:
+        from keye.weights.gguf.source import open_gguf
+
+        return open_gguf(*link, wanted)
     return open_checkpoint(path, wanted)

@@ -94,6 +94,44 @@ class MemoryTensor:
         yield lambda: target.copy_(self.tensor)
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """A tensor whose numbers alone count, in whatever format they are stored."""
+
+    source: TensorSource
+    format: QuantFormat | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def is_readable(self) -> bool:
+        return self.source.is_readable
+
+    @property
+    def place(self) -> tuple[str, int]:
+        return self.source.place
+
+    def part(self, begin: int, end: int) -> _Numbers:
+        return _Numbers(self.source.part(begin, end))
+
+    def quantized(self) -> QuantTensor:
+        raise AssertionError("floating-point numbers are in no quantised format")
+
+    def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
+        return self.source.pieces(target)
+
+
+def dequantized(source: TensorSource) -> TensorSource:
+    """The same tensor without a format to be kept in, where `pieces` can read it."""
+    return _Numbers(source) if source.format is not None and source.is_readable else source
+
+
 def ask_for_huge_pages(tensor: Tensor) -> bool:
     """Asks the kernel to back a large CPU tensor that was not written to yet with huge pages: filling it then takes
     hundreds of times fewer page faults, which cost more than a fast disk. False where they are not available."""
