@@ -34,6 +34,7 @@ from keye.engine.step import ALONE_TOKENS
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.keye import Decoder
+from keye.models.moe import lay_out_for_decoding
 from keye.ops.kv_blocks import KV_BLOCK
 from keye.planning.measure import fill_with_noise
 
@@ -129,6 +130,7 @@ def random_decoder(text: TextConfig) -> Decoder:
     """A decoder without vocabulary, its weights noise."""
     with torch.device("meta"):
         decoder = Decoder(text)
+        lay_out_for_decoding(decoder, "cpu", DTYPE)
     decoder.to_empty(device="cpu").to(DTYPE)
     fill_with_noise(decoder)
     return decoder

@@ -97,7 +97,7 @@ def test_large_experts_meet_few_tokens_in_the_compiled_core(raw_config: dict[str
     text = model_config_from_dict({**raw_config, "hidden_size": 1024, "moe_intermediate_size": 256}).text
     with torch.device("meta"):
         moe = MoE(text).bfloat16()
-        lay_out_for_decoding(moe.experts)
+        lay_out_for_decoding(moe, "cpu", torch.bfloat16)
     moe, generator = moe.to_empty(device="cpu"), torch.Generator().manual_seed(0)
     for parameter in moe.parameters():
         parameter.data.copy_(0.03 * torch.randn(parameter.shape, generator=generator))

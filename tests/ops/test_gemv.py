@@ -32,6 +32,11 @@ def test_few_rows_times_a_matrix_are_those_of_torch(backend: CpuBackend, rows, o
     with torch.inference_mode():
         ours = gemv.linear(library, x, weight, bias)
         assert near(ours, torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float()))
+        exact = gemv.linear(library, x, weight, bias, torch.float32)
+        assert torch.equal(exact.bfloat16(), ours)
+        assert (
+            exact - torch.nn.functional.linear(x.double(), weight.double()) - (0 if bias is None else bias)
+        ).abs().max() < 1e-5
         for row in range(rows):
             assert torch.equal(gemv.linear(library, x[row : row + 1], weight, bias), ours[row : row + 1])
 
@@ -63,7 +68,7 @@ def test_few_tokens_through_experts_are_those_of_torch(backend: CpuBackend, toke
 
 
 @pytest.mark.parametrize("change", [
-    {"rows": 9}, {"dtype": torch.float32}, {"columns": 2040}, {"outputs": 8}, {"rows": 0},
+    {"rows": 9}, {"dtype": torch.float32}, {"columns": 2040}, {"columns": 992}, {"outputs": 8}, {"rows": 0},
 ])  # fmt: skip
 def test_what_is_left_to_torch(change):
     wanted = {"rows": 8, "columns": 2048, "outputs": 256, "dtype": torch.bfloat16} | change

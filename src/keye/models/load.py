@@ -86,9 +86,7 @@ def load_model(
         check_not_quantised(tensors, config)
     # Before any memory is taken:
     model, plan, report = plan_model(tensors, config, strict=strict, layers=layers, policy=policy)
-    for module in model.modules():
-        if isinstance(module, Experts) and dtype == torch.bfloat16 and torch.device(device).type == "cpu":
-            lay_out_for_decoding(module)
+    lay_out_for_decoding(model, device, dtype)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     fill(model, plan, tensors)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keye.config import TextConfig
 from keye.models.layers import Layer
-from keye.ops.cpu.gemv import LEAST_NUMBERS
-from keye.ops.registry import find_grouped_matmul, mix_experts
+from keye.ops.cpu.gemv import LEAST_EXPERT_NUMBERS
+from keye.ops.registry import find_grouped_matmul, mix_experts, score_experts
 
 #: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
 #: every new shape, so few shapes are faster than exact ones.
@@ -64,14 +63,18 @@ def _multiply(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part @ own for part, own in zip(x.split(sizes), weight.unbind(0), strict=True) if part.shape[0]])
 
 
-def lay_out_for_decoding(experts: Experts) -> None:
-    """Has the weights of large experts lie in memory with the inner dimension contiguous, shapes as before: few rows
-    meet them faster so. For experts on the meta device; `to_empty` gives them memory."""
-    if experts.gate_up_proj[0].numel() < LEAST_NUMBERS:
+def lay_out_for_decoding(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Has the weights of large experts lie in memory with the inner dimension contiguous, shapes as before, where few
+    rows meet them faster so. For a network on the meta device that gets memory on `device` by `to_empty`."""
+    if dtype != torch.bfloat16 or torch.device(device).type != "cpu":
         return
-    for name in ("gate_up_proj", "down_proj"):
-        plain = getattr(experts, name)
-        setattr(experts, name, nn.Parameter(torch.empty_like(plain.mT, memory_format=torch.contiguous_format).mT))
+    for module in network.modules():
+        if isinstance(module, Experts) and module.gate_up_proj[0].numel() >= LEAST_EXPERT_NUMBERS:
+            for name in ("gate_up_proj", "down_proj"):
+                plain = getattr(module, name)
+                setattr(
+                    module, name, nn.Parameter(torch.empty_like(plain.mT, memory_format=torch.contiguous_format).mT)
+                )
 
 
 class Router(nn.Linear):
@@ -79,7 +82,7 @@ class Router(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, d] -> float32 [T, E]."""
-        return F.linear(x.float(), self.weight.float())
+        return score_experts(x, self.weight)
 
 
 class MoE(Layer):

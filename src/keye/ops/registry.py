@@ -123,6 +123,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def score_experts(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of `linear` in float32, whatever the dtypes: scores of all experts, float32 [T, E]."""
+    if gemv.takes_linear(x, weight) and (library := _find_library(x)) is not None:
+        return gemv.linear(library, x, weight, None, torch.float32)
+    return F.linear(x.float(), weight.float())
+
+
 def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
     """Tokens `x` [T, d] through their `chosen` experts int64 [T, K], summed with `weights` float32 [T, K], by the
     compiled core; None where it does not take them. Weights of experts are as `keye.models.moe.Experts` has them."""

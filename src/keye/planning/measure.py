@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from keye.cache.sequence import KVCache
@@ -22,7 +21,9 @@ from keye.config import TextConfig, VisionConfig
 from keye.engine.step import ALONE_TOKENS
 from keye.models.attention import AttentionMode, CachedStep, Span
 from keye.models.keye import Decoder
+from keye.models.moe import lay_out_for_decoding
 from keye.models.vision import VisionTower, encode_vision
+from keye.ops.registry import linear
 
 #: Every timing is the fastest of as many runs as fit into this time, at least two.
 SECONDS_EACH: Final = 0.4
@@ -67,6 +68,7 @@ def measure_layer(
     config = replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
     with torch.device("meta"):
         decoder = Decoder(config)
+        lay_out_for_decoding(decoder, device, dtype)
     fill_with_noise(decoder.to_empty(device=device).to(dtype))
     unit = text.sparse.topk if text.sparse is not None else 2048
     depths = (0, *(factor * unit for factor in DEPTHS))
@@ -108,7 +110,7 @@ def measure_head(text: TextConfig, dtype: torch.dtype, device: torch.device) -> 
     weight = torch.empty(rows, text.hidden_size, dtype=dtype, device=device)
     _fill_tensor(weight)
     x = torch.randn(1, text.hidden_size, device=device).to(dtype)
-    return fastest(lambda: F.linear(x, weight), device) * text.vocab_size / rows
+    return fastest(lambda: linear(x, weight), device) * text.vocab_size / rows
 
 
 @torch.inference_mode()
@@ -164,7 +166,7 @@ def fill_with_noise(module: nn.Module) -> None:
 
 def _fill_tensor(tensor: torch.Tensor) -> None:
     """Noise of a small block, again and again: drawing billions of numbers would take longer than measuring."""
-    flat = tensor.view(-1)
+    flat = (tensor if tensor.is_contiguous() else tensor.mT).view(-1)
     block = torch.randn(min(flat.numel(), 1 << 20), device=tensor.device).mul_(0.02).to(tensor.dtype)
     for start in range(0, flat.numel(), block.numel()):
         part = flat[start : start + block.numel()]

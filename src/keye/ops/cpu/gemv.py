@@ -13,17 +13,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
-#: Rows up to which reading the matrix is what takes the time, and numbers of a matrix from which it is worth a call.
+#: Rows up to which reading the matrix is what takes the time; columns and numbers from which it is worth a call.
 MOST_ROWS: Final = 8
-LEAST_NUMBERS: Final = 1 << 19
-#: Rows that each expert has at most on average.
-MOST_EXPERT_ROWS: Final = 4
+LEAST_COLUMNS, LEAST_NUMBERS = 1024, 1 << 17
+#: Numbers of an expert's larger matrix from which it is, and rows that each expert has at most on average.
+LEAST_EXPERT_NUMBERS, MOST_EXPERT_ROWS = 1 << 19, 4
 _LINE_NUMBERS: Final = 32
+_DTYPES: Final = {torch.float32: 0, torch.bfloat16: 2}
 
 
 class _Linear(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("x", "weight", "bias", "out", "rows", "columns", "outputs", "threads")
+        (name, ctypes.c_int64)
+        for name in ("x", "weight", "bias", "out", "rows", "columns", "outputs", "threads", "out_dtype")
     )
 
 
@@ -39,20 +41,23 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` can multiply these, and is faster than torch. It has no backward pass."""
     columns = weight.shape[1]
     return (
-        x.numel() <= MOST_ROWS * columns and weight.numel() >= LEAST_NUMBERS and columns % _LINE_NUMBERS == 0
-        and x.dtype == weight.dtype == torch.bfloat16 and x.numel() > 0 and weight.is_contiguous()
-        and weight.device.type == "cpu" and not torch.is_grad_enabled()
+        0 < x.numel() <= MOST_ROWS * columns and weight.numel() >= LEAST_NUMBERS and columns >= LEAST_COLUMNS
+        and columns % _LINE_NUMBERS == 0
+        and x.dtype == weight.dtype == torch.bfloat16
+        and weight.is_contiguous() and weight.device.type == "cpu" and not torch.is_grad_enabled()
     )  # fmt: skip
 
 
-def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x` [..., K] times `weight` [M, K] transposed, plus `bias` [M]: [..., M]."""
+def linear(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """`x` [..., K] times `weight` [M, K] transposed, plus `bias` [M]: [..., M] in `dtype`, bfloat16 or float32."""
     outputs, columns = weight.shape
     x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
     call = _Linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // columns,
-        columns, outputs, torch.get_num_threads(),
+        columns, outputs, torch.get_num_threads(), _DTYPES[dtype],
     )  # fmt: skip
     _run(library.keye_linear, call)
     return out
@@ -63,7 +68,7 @@ def takes_experts(x: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> b
     count, width, outputs = gate_up.shape
     return (
         0 < chosen.numel() <= max(MOST_EXPERT_ROWS * count, MOST_ROWS * chosen.shape[1])
-        and width * outputs >= LEAST_NUMBERS and width % _LINE_NUMBERS == 0 and outputs % (2 * _LINE_NUMBERS) == 0
+        and width * outputs >= LEAST_EXPERT_NUMBERS and not width % _LINE_NUMBERS and not outputs % (2 * _LINE_NUMBERS)
         and x.dtype == gate_up.dtype == down.dtype == torch.bfloat16 and gate_up.device.type == "cpu"
         and gate_up.mT.is_contiguous() and down.mT.is_contiguous() and not torch.is_grad_enabled()
     )  # fmt: skip

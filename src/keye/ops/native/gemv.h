@@ -50,10 +50,13 @@ struct GemvMatrix {
     int64_t columns, outputs;
 };
 
+inline void gemv_store(uint16_t *to, float x) { *to = to_bfloat(x); }
+inline void gemv_store(float *to, float x) { *to = x; }
+
 // out[row * stride + i] = w[i] . x[row] + bias[i] for OUTPUTS matrix rows and ROWS rows of x.
-template <int OUTPUTS, int ROWS>
-inline void gemv_tile(const uint16_t *w, const GemvOperand::Elem *x, int64_t columns, const uint16_t *bias,
-                      uint16_t *out, int64_t stride) {
+template <int OUTPUTS, int ROWS, class Out>
+inline void gemv_tile(const uint16_t *w, const GemvOperand::Elem *x, int64_t columns, const uint16_t *bias, Out *out,
+                      int64_t stride) {
     V sum[ROWS][OUTPUTS];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < OUTPUTS; i++) sum[r][i] = vzero();
@@ -69,12 +72,12 @@ inline void gemv_tile(const uint16_t *w, const GemvOperand::Elem *x, int64_t col
     }
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < OUTPUTS; i++)
-            out[r * stride + i] = to_bfloat(vsum(sum[r][i]) + (bias ? from_bfloat(bias[i]) : 0.0f));
+            gemv_store(out + r * stride + i, vsum(sum[r][i]) + (bias ? from_bfloat(bias[i]) : 0.0f));
 }
 
 // All rows of x against OUTPUTS matrix rows from `at` on, which stay in the first cache between the passes.
-template <int OUTPUTS>
-inline void gemv_rows(const GemvMatrix &matrix, int64_t at, const GemvOperand::Elem *x, int64_t rows, uint16_t *out) {
+template <int OUTPUTS, class Out>
+inline void gemv_rows(const GemvMatrix &matrix, int64_t at, const GemvOperand::Elem *x, int64_t rows, Out *out) {
     const int64_t columns = matrix.columns, stride = matrix.outputs;
     const uint16_t *w = matrix.numbers + at * columns, *bias = matrix.bias ? matrix.bias + at : nullptr;
     out += at;
@@ -85,8 +88,8 @@ inline void gemv_rows(const GemvMatrix &matrix, int64_t at, const GemvOperand::E
 }
 
 // Outputs from .. to of `rows` rows x [rows, columns], in out [rows, outputs].
-inline void gemv(const GemvMatrix &matrix, const GemvOperand::Elem *x, int64_t rows, int64_t from, int64_t to,
-                 uint16_t *out) {
+template <class Out>
+inline void gemv(const GemvMatrix &matrix, const GemvOperand::Elem *x, int64_t rows, int64_t from, int64_t to, Out *out) {
     for (; from + GEMV_OUTPUTS <= to; from += GEMV_OUTPUTS) gemv_rows<GEMV_OUTPUTS>(matrix, from, x, rows, out);
     for (; from < to; from++) gemv_rows<1>(matrix, from, x, rows, out);
 }
@@ -108,8 +111,9 @@ inline int linear(const KeyeLinear &call, GemvScratch &scratch) {
     GemvOperand::take((const uint16_t *)call.x, call.rows * call.columns, x);
     const GemvMatrix matrix{(const uint16_t *)call.weight, (const uint16_t *)call.bias, call.columns, call.outputs};
     return run(gemv_shares(call.outputs), gemv_threads(call.threads, call.columns * call.outputs), [&](int64_t share) {
-        const int64_t from = share * GEMV_SHARE;
-        gemv(matrix, x, call.rows, from, std::min(from + GEMV_SHARE, call.outputs), (uint16_t *)call.out);
+        const int64_t from = share * GEMV_SHARE, to = std::min(from + GEMV_SHARE, call.outputs);
+        if (call.out_dtype == KEYE_FLOAT32) gemv(matrix, x, call.rows, from, to, (float *)call.out);
+        else gemv(matrix, x, call.rows, from, to, (uint16_t *)call.out);
     });
 }
 

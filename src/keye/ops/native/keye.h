@@ -46,12 +46,12 @@ struct KeyeTimers {
     double score, select, attend, dense;
 };
 
-// bfloat16: x [rows, columns], weight [outputs, columns], bias [outputs] or null, out [rows, outputs]. Columns are a
-// multiple of 32.
+// bfloat16: x [rows, columns], weight [outputs, columns], bias [outputs] or null; out [rows, outputs] of out_dtype
+// (KEYE_BFLOAT16 or KEYE_FLOAT32). Columns are a multiple of 32.
 struct KeyeLinear {
     const void *x, *weight, *bias;
     void *out;
-    int64_t rows, columns, outputs, threads;
+    int64_t rows, columns, outputs, threads, out_dtype;
 };
 
 // bfloat16: x, out [tokens, width]; expert e is [2 * inner, width] (gates, then ups) at gate_up + e * gate_up_bytes and
