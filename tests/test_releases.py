@@ -93,14 +93,6 @@ def test_a_checkpoint_without_indexer_answers_densely_and_says_so(tmp_path: Path
         model.ask(picture, "what?", max_tokens=2, attention="sparse")
 
 
-def test_671b_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "model", V1_5)
-    raw = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(raw | {"architectures": ["KeyeVLMoeForConditionalGeneration"]}))
-    with pytest.raises(KeyeError, match="which keye does not run yet"):
-        keye.load(folder)
-
-
 def test_preview_places_a_video_by_its_seconds() -> None:
     """Four frames half a second apart are one run of tokens whose time axis takes one step a frame (2 a second)."""
     config = model_config_from_dict(tiny_raw() | {"architectures": [PREVIEW]})

@@ -30,7 +30,7 @@ from keye.engine.prompt import PromptCost
 from keye.engine.request import GenerationRequest, Progress, check_attention
 from keye.engine.runtime import Runtime
 from keye.errors import KeyeError, closest, collect_warnings
-from keye.hub import check_runs, resolve
+from keye.hub import resolve
 from keye.media.processor import Decoder, Processor
 from keye.models.attention import AttentionMode
 from keye.models.load import LoadReport, load_model, torch_dtype
@@ -335,7 +335,6 @@ def load(
     storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     limit = None if memory is None else parse_bytes(memory, "memory")
     name = str(name_or_path)
-    check_runs(name)
     # The small files come first: what they refuse need not be downloaded.
     folder = resolve(name, revision=revision, weights=False, progress=progress, mmproj=mmproj)
     config = load_model_config(folder)
@@ -365,13 +364,24 @@ def load(
 def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
     """The template that is asked for; None for keye's own."""
     if name == "keye" or (name == "auto" and not may_bring_template(folder)):
+        _check_own_template(folder, release)
         return None
     from keye.chat.foreign_template import find_template, load_template
 
     if name == "auto":
         own = find_template(folder)
-        return None if own is None else own.for_model(template_of(release), None, fall_back=True)
+        if own is None:
+            _check_own_template(folder, release)
+            return None
+        return own.for_model(template_of(release), None, fall_back=not release.needs_template)
     return load_template(folder if name == "checkpoint" else name)
+
+
+def _check_own_template(folder: Path, release: Release) -> None:
+    """`KeyeError` where keye has no template of its own to take the place of the checkpoint's."""
+    if release.needs_template:
+        raise KeyeError(f"keye has no chat template for Keye-VL {release.name}: fetch that of the checkpoint into "
+                        f"{folder} (chat_template.jinja or tokenizer_config.json), or name a file")  # fmt: skip
 
 
 def _open_index(runtime: Runtime, source: Source) -> VideoIndex:

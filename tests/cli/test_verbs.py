@@ -152,14 +152,6 @@ def test_a_picture_is_not_drawn_over(run: Callable, model_folder: Path, tmp_path
     assert (tmp_path / "picture.png").read_bytes() == before
 
 
-def test_the_largest_model_is_refused_without_asking_the_hub(run: Callable, tmp_path: Path) -> None:
-    Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
-    for name in ("671b", "Kwai-Keye/Keye-VL-671B-A37B"):
-        result = run("ask", tmp_path / "picture.png", "what?", "--model", name)
-        assert result.code == 2
-        assert "DeepSeek-V3, which keye does not run yet" in result.err
-
-
 def test_a_template_that_is_not_there(run: Callable, model_folder: Path, tmp_path: Path) -> None:
     Image.new("RGB", (56, 56)).save(tmp_path / "picture.png")
     words = [tmp_path / "picture.png", "what?", "--model", model_folder, "--template", tmp_path / "none.jinja"]

@@ -128,7 +128,7 @@ def test_every_missing_field_is_named(official: dict[str, Any]) -> None:
             "sa_config has topk 0; it must be a whole number of at least 1",
         ),
         ({"sa_config": {"topk": 8, "indexer_num_heads": 4, "indexer_head_dim": 64, "indexer_num_kv_heads": 2}}, "be 1"),
-        ({"architectures": ["KeyeVLMoeForConditionalGeneration"]}, "is DeepSeek-V3, which keye does not run yet"),
+        ({"architectures": ["KeyeVLMoeForConditionalGeneration"]}, "lacks kv_lora_rank, qk_nope_head_dim"),
         ({"rope_scaling": {**MROPE, "type": "yarn", "factor": 4.0}}, "type is 'yarn'; only mrope and default are"),
         ({"rope_scaling": {**MROPE, "rope_type": "linear"}}, "rope_type is 'linear'; only mrope and default are"),
         ({"rope_scaling": {**MROPE, "factor": 2}}, "factor is 2, but scaled positions are not implemented"),

@@ -18,8 +18,8 @@ def naive(moe: MoE, x: Tensor) -> Tensor:
     """Token by token, expert by expert."""
     outputs = []
     for token in x:
-        weights, chosen = F.linear(token, moe.gate.weight).softmax(-1).topk(moe.top_k)
-        if moe.normalise:
+        weights, chosen = F.linear(token, moe.gate.weight).softmax(-1).topk(moe.gate.top_k)
+        if moe.gate.normalise:
             weights = weights / weights.sum()
         parts = []
         for weight, e in zip(weights, chosen.tolist(), strict=True):
@@ -39,7 +39,7 @@ def make_moe(raw: dict[str, Any], **overrides: Any) -> MoE:
 
 
 def rows_are_padded(tokens: int, moe: MoE) -> bool:
-    return tokens * moe.top_k >= ROW_MULTIPLE * moe.gate.out_features
+    return tokens * moe.gate.top_k >= ROW_MULTIPLE * moe.gate.out_features
 
 
 @pytest.mark.parametrize("normalise", [True, False])

@@ -9,6 +9,7 @@ import pytest
 from tests.support.parity.cases import Case, Check, NotApplicable
 from tests.support.parity.dsa import run_dsa
 from tests.support.parity.gguf import run_gguf
+from tests.support.parity.latent import run_latent
 from tests.support.parity.networks import run_language_model, run_vision
 from tests.support.parity.preprocess import run_preprocess
 from tests.support.parity.processor import run_processor
@@ -23,6 +24,7 @@ SETS: dict[str, Callable[[Case, Check], None]] = {
     "e2e": run_language_model,
     "dsa": run_dsa,
     "gguf": run_gguf,
+    "latent": run_latent,
 }
 
 

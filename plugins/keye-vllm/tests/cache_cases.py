@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keye.config import TextConfig
-from keye.config.model import SparseConfig
+from keye.config import SparseConfig, TextConfig
 from keye.models.attention import IndexerOutput
 from keye.ops.registry import BackendName, backends
 from keye_vllm import attention, cache

@@ -151,9 +151,6 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
         model = inputs.load_model(named, decoder=decoder)
         app = local_app(model, slots, allow_private=allow_private)
         return [kinds.EngineWorker(app, slots=slots)]
-    from keye.hub import check_runs
-
-    check_runs(named["model"])
     settings = options.engine_settings(named)
     if arguments["ray"] is not None:
         from keye.batch.workers import ray_workers

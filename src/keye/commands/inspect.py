@@ -98,23 +98,19 @@ def description(model: str) -> dict[str, Any]:
     if packaged:
         notes.append("Not on this machine: described from the configuration that ships with keye, put together from "
                      "what is published; the values in a real checkpoint win.")  # fmt: skip
-    if not model_outline.release.runs:
-        notes.append("keye loads the vision tower and projector of this model; its language model does not run yet.")
-    if unknown := (model_outline.config.unknown if model_outline.config is not None else ()):
+    if unknown := model_outline.config.unknown:
         notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
     parts = parameters_by_part(shapes or model_outline.shapes)
     total, read = sum(parts.values()), read_parameters(shapes or model_outline.shapes)
     memory, sizes = memories(), ModelSizes.of(model_outline)
     weights = {name: read * size for name, size in FORMATS.items()}
     weights |= {name: sum(sizes.parts[name].values()) for name in QUANTISED}
-    recommended = None
-    if model_outline.release.runs:
-        recommended = recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
+    recommended = recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
     return {
         "model": model, "folder": None if packaged else str(folder), "architecture": model_outline.architecture,
-        "release": model_outline.release.name, "runs": model_outline.release.runs, "text": model_outline.text,
+        "release": model_outline.release.name, "text": model_outline.text,
         "vision": asdict(model_outline.vision),
-        "tokens_per_second": model_outline.config.tokens_per_second if model_outline.config is not None else None,
+        "tokens_per_second": model_outline.config.tokens_per_second,
         "context": model_outline.context,
         "parameters": {
             "total": total, "read": read, "active": active_parameters(parts, model_outline.experts), "parts": parts,
@@ -154,16 +150,15 @@ def weight_facts(
         "files": len(files), "tensors": len(tensors), "bytes": sum(bytes_of.values()), "bytes_by_dtype": bytes_of,
     }  # fmt: skip
     notes: list[str] = []
-    if model_outline.config is not None:
-        try:
-            report = check_fit(tensors, model_outline.config)
-        except KeyeError as error:
-            facts["fits_config"] = False
-            notes.append(f"{str(error)[:400]}.")
-        else:
-            facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
-            if report.lacks_indexer:
-                notes.append("The files hold no indexer weights: the model runs with dense attention.")
+    try:
+        report = check_fit(tensors, model_outline.config)
+    except KeyeError as error:
+        facts["fits_config"] = False
+        notes.append(f"{str(error)[:400]}.")
+    else:
+        facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
+        if report.lacks_indexer:
+            notes.append("The files hold no indexer weights: the model runs with dense attention.")
     return facts, {name: tensor.shape for name, tensor in tensors.items()}, notes
 
 
@@ -180,10 +175,10 @@ def fit(model_outline: Outline, weights: int, memory: Memory, dtype: str) -> dic
     """Whether `weights` bytes in `dtype` fit into the free memory of a device, and the longest context beside them and
     what the engine reserves for activations."""
     size = FORMATS.get(dtype, 2)
-    activations = 0 if model_outline.config is None else activation_bytes(model_outline.config, size)
+    activations = activation_bytes(model_outline.config, size)
     left = memory.free - activations - weights
     tokens = max(0, left) // ((model_outline.kv_numbers + model_outline.indexer_numbers) * size)
-    context = min(tokens, model_outline.context) if model_outline.release.runs else 0
+    context = min(tokens, model_outline.context)
     limit = None if not context else ("model" if tokens >= model_outline.context else "memory")
     return {"device": memory.device, "dtype": dtype, "weights": weights, "activations": activations,
             "fits": context > 0, "context": context, "limited_by": limit}  # fmt: skip

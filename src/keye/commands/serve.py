@@ -125,12 +125,10 @@ def serve_replicas(
 ) -> None:
     """Serves by children that run this command with the same options, or by replicas on a cluster."""
     from keye.commands.shared import inputs
-    from keye.hub import check_runs
     from keye.server.replicas.processes import LocalReplica, Replica
     from keye.server.replicas.proxy import proxy_app
     from keye.server.run import run_app
 
-    check_runs(context.params["model"])
     inputs.find_model(context.params["model"])
     replicas: Sequence[Replica]
     if (address := context.params["ray"]) is not None:

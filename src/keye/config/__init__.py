@@ -8,8 +8,6 @@ from keye.config.files import ConfigError, read_json
 from keye.config.model import (
     GenerationConfig,
     KeyeConfig,
-    SparseConfig,
-    TextConfig,
     VisionConfig,
     architecture_name,
     load_generation_config,
@@ -24,10 +22,12 @@ from keye.config.processor import (
     has_keye_fields,
     load_processor_config,
 )
+from keye.config.text import GroupRouting, LatentConfig, SparseConfig, TextConfig, YarnConfig
 
 __all__ = [
-    "PROCESSOR_FILE", "ConfigError", "GenerationConfig", "HubConfig", "KernelConfig", "KeyeConfig", "ProcessorConfig",
-    "SparseConfig", "TextConfig", "VisionConfig", "architecture_name", "find_frame_text", "has_keye_fields",
-    "hub_config", "kernel_config", "load_generation_config", "load_model_config", "load_processor_config",
-    "model_config_from_dict", "preview_video_max_pixels", "read_json", "vision_config_from_dict",
+    "PROCESSOR_FILE", "ConfigError", "GenerationConfig", "GroupRouting", "HubConfig", "KernelConfig", "KeyeConfig",
+    "LatentConfig", "ProcessorConfig", "SparseConfig", "TextConfig", "VisionConfig", "YarnConfig", "architecture_name",
+    "find_frame_text", "has_keye_fields", "hub_config", "kernel_config", "load_generation_config", "load_model_config",
+    "load_processor_config", "model_config_from_dict", "preview_video_max_pixels", "read_json",
+    "vision_config_from_dict",
 ]  # fmt: skip

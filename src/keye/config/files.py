@@ -67,6 +67,7 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "share": (lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "positive share": (lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and at most 1"),
     "factor": (lambda value: is_number(value) and 0 < value <= 100, "a number above 0 and at most 100"),
+    "scale": (lambda value: is_number(value) and value >= 0, "a number of at least 0"),
     "temperature": (lambda value: is_number(value) and 0 <= value <= 100, "a number 0 or more and at most 100"),
     "flag": (lambda value: isinstance(value, bool), "true or false"),
     "text": (lambda value: isinstance(value, str), "a text"),

@@ -20,7 +20,9 @@ from keye.config.files import (
     require,
     required_fields,
 )
+from keye.config.latent import LATENT_FIELDS, LATENT_REQUIRED, read_latent_text
 from keye.config.quantization import check_quantization
+from keye.config.text import SparseConfig, TextConfig
 from keye.releases import Release, releases_by_architecture
 
 
@@ -50,56 +52,6 @@ class VisionConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class SparseConfig:
-    """`sa_config`: the DeepSeek Sparse Attention indexer. One key head; `topk` keys are kept for each query."""
-
-    indexer_num_heads: int
-    indexer_head_dim: int
-    topk: int
-    indexer_num_kv_heads: int = 1
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The decoder. `num_experts == 0` means every layer has a dense MLP."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-6
-    hidden_act: str = "silu"
-    attention_bias: bool = False
-    tie_word_embeddings: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
-    moe_intermediate_size: int = 0
-    norm_topk_prob: bool = True
-    decoder_sparse_step: int = 1
-    mlp_only_layers: tuple[int, ...] = ()
-    sparse: SparseConfig | None = None
-
-    def is_moe_layer(self, layer: int) -> bool:
-        """Whether decoder layer `layer` (0-based) routes to experts."""
-        if self.num_experts == 0 or layer in self.mlp_only_layers:
-            return False
-        return (layer + 1) % self.decoder_sparse_step == 0
-
-    def indexer_mrope_section(self) -> tuple[int, int, int]:
-        """The main M-RoPE sections scaled to the indexer's head dimension (16,24,24 at 128 -> 8,12,12 at 64)."""
-        assert self.sparse is not None
-        ratio = self.sparse.indexer_head_dim / self.head_dim
-        t, h, w = (int(s * ratio) for s in self.mrope_section)
-        return t, h, w
 
 
 @dataclass(frozen=True)
@@ -281,25 +233,18 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
     raw, official = _merge_rope_fields(raw), raw
     architecture = architecture_name(raw)
     release = releases_by_architecture()[architecture]
-    if not release.runs:
-        raise ConfigError(
-            f"the language model of {architecture} (Keye-VL-{release.name}) is {release.decoder}, which keye does not "
-            "run yet; `keye inspect` describes it and keye.models.load.load_vision loads its vision tower and projector"
-        )
     check_quantization(raw)
     has_vision = not ("vision_config" in raw and raw["vision_config"] is None)
-    require(raw, [*_TEXT_REQUIRED, *((*_TOKEN_IDS, "vision_config") if has_vision else ())], "config.json")
+    is_latent = "latent" in (features := release.architectures[architecture])
+    needed = [*(LATENT_REQUIRED if is_latent else _TEXT_REQUIRED)]
+    require(raw, [*needed, *((*_TOKEN_IDS, "vision_config") if has_vision else ())], "config.json")
     check_fields("config.json", raw, _MODEL_KINDS)
     if raw.get("use_sliding_window"):
         raise ConfigError("use_sliding_window is true; no Keye model uses it and it is not supported")
-    scaling = raw.get("rope_scaling")
-    if not isinstance(scaling, Mapping) or "mrope_section" not in scaling:
-        raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
-    check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)}, required=("mrope_section",))
-    for problem in _rope_problems(scaling):
-        raise ConfigError(problem)
-    text = _text_config(raw, release.architectures[architecture])
-    known = {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
+    if is_latent:
+        text, known = read_latent_text(raw), {*LATENT_FIELDS, *_TOKEN_IDS, *_INERT}
+    else:
+        text, known = _read_text(raw, features), {*_TEXT_REQUIRED, *_TEXT_OPTIONAL, *_TOKEN_IDS, *_INERT}
     eos = raw.get("eos_token_id")
     vision = vision_config_from_dict(raw if has_vision else {**raw, "vision_config": _NOMINAL_VISION})
     tokens_per_second = release.tokens_per_second
@@ -319,7 +264,7 @@ def model_config_from_dict(raw: Mapping[str, Any]) -> KeyeConfig:
         unknown=tuple(sorted(set(raw) - known)),
         **{name: int(raw.get(name, -1)) for name in _TOKEN_IDS},
     )
-    for problem in _contradictions(config):
+    for problem in (*_contradictions(text), *_token_contradictions(config)):
         raise ConfigError(problem)
     return config
 
@@ -337,8 +282,8 @@ def _merge_rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     theta = joined.get("rope_theta")
     scaling = {name: value for name, value in joined.items() if name not in ("rope_theta", "partial_rotary_factor")}
     old = raw.get("rope_scaling")
-    section = old.get("mrope_section") if isinstance(old, Mapping) else None
-    for was, now in ((raw.get("rope_theta"), theta), (section, scaling.get("mrope_section"))):
+    shared = [(old[name], scaling[name]) for name in scaling if name in old] if isinstance(old, Mapping) else []
+    for was, now in ((raw.get("rope_theta"), theta), *shared):
         if was is not None and now is not None and was != now:
             raise ConfigError(f"config.json has {was!r} in rope_scaling or rope_theta and {now!r} in rope_parameters; "
                               "remove one of them")  # fmt: skip
@@ -390,8 +335,15 @@ def _read_scope(raw: Any, path: Path) -> Scope:
     return Scope(**values)
 
 
-def _text_config(raw: Mapping[str, Any], features: Collection[str]) -> TextConfig:
-    section = raw["rope_scaling"]["mrope_section"]
+def _read_text(raw: Mapping[str, Any], features: Collection[str]) -> TextConfig:
+    """The decoder of every release but 671B."""
+    scaling = raw.get("rope_scaling")
+    if not isinstance(scaling, Mapping) or "mrope_section" not in scaling:
+        raise ConfigError("config.json lacks rope_scaling.mrope_section, the three M-RoPE sections of the decoder")
+    check_fields("rope_scaling", scaling, {"three sizes": ("mrope_section",)}, required=("mrope_section",))
+    for problem in _rope_problems(scaling):
+        raise ConfigError(problem)
+    section = scaling["mrope_section"]
     sparse = None
     if "sparse" in features and raw.get("sa_config"):
         wanted = ["indexer_num_heads", "indexer_head_dim", "topk"]
@@ -448,11 +400,10 @@ def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
         yield f"rope_scaling.factor is {scaling['factor']!r}, but scaled positions are not implemented; remove it"
 
 
-def _contradictions(config: KeyeConfig) -> Iterator[str]:
-    """Contradictions between the fields of a whole model."""
-    text = config.text
-    if sum(text.mrope_section) * 2 != text.head_dim or min(text.mrope_section) < 0:
-        yield f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.head_dim // 2}"
+def _contradictions(text: TextConfig) -> Iterator[str]:
+    """Contradictions between the fields of a decoder."""
+    if sum(text.mrope_section) * 2 != text.rotary_dim or min(text.mrope_section) < 0:
+        yield f"mrope_section {list(text.mrope_section)} must sum to head_dim/2 = {text.rotary_dim // 2}"
     if text.num_attention_heads % text.num_key_value_heads:
         yield (f"num_attention_heads {text.num_attention_heads} is not a multiple of "
                f"num_key_value_heads {text.num_key_value_heads}")  # fmt: skip
@@ -472,6 +423,10 @@ def _contradictions(config: KeyeConfig) -> Iterator[str]:
             yield f"mrope_section {list(text.mrope_section)} does not scale to sa_config.indexer_head_dim {dim}"
         if text.sparse.indexer_num_kv_heads != 1:
             yield "sa_config.indexer_num_kv_heads must be 1"
+
+
+def _token_contradictions(config: KeyeConfig) -> Iterator[str]:
+    """Contradictions between token ids and the vocabulary."""
     names: dict[int, str] = {}
     for name in _TOKEN_IDS:
         index = getattr(config, name)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from keye.config.files import ConfigError
+from keye.config.float8 import float8_block
 
-#: Values of quant_method that are read: keye's own.
-READ: Final = ("keye",)
+#: Values of quant_method that are read: keye's own, and float8 with a scale for each block.
+READ: Final = ("keye", "fp8")
 
 
 def check_quantization(raw: Mapping[str, Any]) -> None:
@@ -17,6 +18,7 @@ def check_quantization(raw: Mapping[str, Any]) -> None:
     if not section:
         return
     method = section.get("quant_method") if isinstance(section, Mapping) else None
+    float8_block(raw)
     if method not in READ:
         named = f" ({method})" if isinstance(method, str) else ""
         raise ConfigError(f"config.json has quantization_config{named}, a quantised checkpoint that keye does not "

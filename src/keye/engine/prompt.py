@@ -353,6 +353,8 @@ class PromptBuilder:
             preview = PreviewLayout(self.config.vision_start_token_id, rates, self.config.tokens_per_second)
         new = ids if indexed is None else ids[len(indexed.token_ids) :]
         array, delta = build_position_ids(new, grids, merge_size=merge, preview=preview)
+        if not self.config.text.uses_mrope:  # the grids fit, and every token counts one position
+            array, delta = np.broadcast_to(np.arange(len(new)), array.shape).copy(), 0
         positions, next_position = torch.from_numpy(array), len(new) + delta
         token_ids = torch.tensor(ids)
         is_visual = visual_mask(self.config, token_ids)

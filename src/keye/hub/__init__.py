@@ -39,15 +39,6 @@ def known_names() -> list[str]:
     return [*PACKAGED, *PUBLISHED, *PUBLISHED.values()]
 
 
-def check_runs(name: str) -> None:
-    """`KeyeError` for a published model that keye only describes: before anything is downloaded."""
-    for release in RELEASES.values():
-        short, hub_name = release.name.lower(), release.hub_name or release.name
-        if not release.runs and name.partition("@")[0].lower() in (short, hub_name.lower()):
-            raise KeyeError(f"the language model of {hub_name} is {release.decoder}, which keye does not run yet; "
-                            f"`keye inspect {short}` describes it")  # fmt: skip
-
-
 def asset(name: str) -> Path:
     """A file or folder that ships inside the package, such as "nano"; raises KeyeError if it is missing."""
     path = Path(str(resources.files("keye").joinpath("assets", name)))

@@ -25,6 +25,7 @@ from keye.models.layers import Layer, Linear, RMSNorm
 from keye.ops import reference, registry
 from keye.ops.backend import Stretch
 from keye.ops.kv_blocks import BlockRows, RowFormat, RowSpec
+from keye.ops.latent import Form, LatentQuery, latent_attention
 from keye.ops.reference import hadamard_transform, quantize_fp8
 
 #: `sparse`: each query attends to the indexer's top-k. `dense`: to every earlier key, indexer unused - the official
@@ -39,7 +40,8 @@ Numerics = Literal["exact", "fp8", "official"]
 
 
 class Rope(NamedTuple):
-    """Rotary angles of a step: cos and sin float32 [T, D/2] of the attention and [T, I/2] of the indexer (or None)."""
+    """Rotary angles of a step: cos and sin float32 [T, half the rotated numbers] of the attention and [T, I/2] of the
+    indexer (or None)."""
 
     cos: Tensor
     sin: Tensor
@@ -48,7 +50,11 @@ class Rope(NamedTuple):
 
 
 def cache_rows(config: TextConfig) -> dict[str, RowSpec]:
-    """What a layer stores of each token: `k` and `v` and, in sparse models, `indexer_k`."""
+    """What a layer stores of each token: `k` and `v` and, in sparse models, `indexer_k`; or, shared by all heads of
+    latent attention, `latent` and `rope_k`."""
+    if (latent := config.latent) is not None:
+        layers = config.num_hidden_layers
+        return {"latent": RowSpec(layers, 1, latent.kv_lora_rank), "rope_k": RowSpec(layers, 1, config.rotary_dim)}
     kv = RowSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     rows = {"k": kv, "v": kv}
     if config.sparse is not None:
@@ -159,6 +165,9 @@ class Step(Protocol):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
         """Rotated `q` [T, H, D], `k`, `v` [T, G, D] -> attention output [T, H, D]."""
 
+    def attend_latent(self, layer: int, query: LatentQuery, latent: Tensor, rope_k: Tensor) -> Tensor:
+        """Queries, `latent` [T, C] and rotated `rope_k` [T, R] -> attention output [T, H, V]."""
+
     def observe_layer(self, layer: int, hidden: Tensor) -> None:
         """Sees the residual stream [T, d] after each layer."""
 
@@ -249,6 +258,8 @@ class CachedStep:
         self.sparse = mode == "sparse" and config.sparse is not None
         self.topk = config.sparse.topk if config.sparse is not None else 0
         self.select, self.fixed = select, fixed
+        # One form whatever the length of a span, where results must not depend on it.
+        self.latent_form: Form = "absorbed" if fixed else "auto"
         self._on_layer, self._on_router = on_layer, on_router
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
@@ -276,6 +287,22 @@ class CachedStep:
                     check.compare_reads(layer, ("indexer_k",))
                 check.compare_reads(layer, ("k", "v"), stretch.counts if selected else None)
         return out
+
+    def attend_latent(self, layer: int, query: LatentQuery, latent: Tensor, rope_k: Tensor) -> Tensor:
+        self._append(layer, {"latent": latent.unsqueeze(1), "rope_k": rope_k.unsqueeze(1)})
+        outs = []
+        for span in self.spans:
+            cache = span.cache
+
+            def rows(start: int, stop: int, cache: SequenceCache = cache) -> tuple[Tensor, Tensor]:
+                latent, rope_k = (cache.read_range(layer, name, start, stop) for name in ("latent", "rope_k"))
+                return latent.squeeze(1), rope_k.squeeze(1)
+
+            first = cache.length(layer) - (span.stop - span.start)
+            outs.append(latent_attention(query.part(span.start, span.stop), rows, first, self.latent_form))
+            if cache.check is not None and not cache.check.is_complete(layer):
+                cache.check.compare_reads(layer, ("latent", "rope_k"))
+        return torch.cat(outs)
 
     def _score(self, span: Span, index: IndexerOutput, stretch: Stretch) -> None:
         """The indexer's scores of groups of keys that were stored before the span."""

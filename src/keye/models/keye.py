@@ -14,12 +14,13 @@ from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
 from keye.models.adapters import AdapterRows
 from keye.models.attention import Attention, Indexer, Numerics, Rope, Step, cache_rows
+from keye.models.latent import LatentAttention
 from keye.models.layers import MLP, Layer, Linear, RMSNorm, embedding
 from keye.models.moe import MoE
 from keye.models.vision import Projector, Visual, encode_vision
 from keye.ops.elementwise import Elementwise
 from keye.ops.kv_blocks import RowSpec
-from keye.ops.reference import inverse_frequencies, rope_angles
+from keye.ops.reference import inverse_frequencies, rope_angles, yarn_frequencies
 from keye.quant.layers import QuantEmbedding, QuantLinear
 
 
@@ -29,7 +30,7 @@ class DecoderLayer(Layer):
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
         self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -68,9 +69,17 @@ class Decoder(nn.Module):
 
     def rope(self, position_ids: Tensor) -> Rope:
         """Rotary angles of the attention and, in sparse models, of the indexer."""
-        config, device = self.config, position_ids.device
-        inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, device)
+        config, device, yarn = self.config, position_ids.device, self.config.yarn
+        if yarn is None:
+            inv_freq = inverse_frequencies(config.rotary_dim, config.rope_theta, device)
+        else:
+            inv_freq = yarn_frequencies(
+                config.rotary_dim, config.rope_theta, yarn.factor, yarn.original_max_position_embeddings,
+                yarn.beta_fast, yarn.beta_slow, device,
+            )  # fmt: skip
         cos, sin = rope_angles(position_ids, inv_freq, config.mrope_section)
+        if yarn is not None:
+            cos, sin = cos * yarn.rotation_scale, sin * yarn.rotation_scale
         if config.sparse is None:
             return Rope(cos, sin, None, None)
         indexer_freq = inverse_frequencies(config.sparse.indexer_head_dim, float(int(config.rope_theta)), device)

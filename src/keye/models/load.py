@@ -7,6 +7,7 @@ none, or be an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,10 +55,10 @@ _MATRICES = (nn.Linear, Experts, QuantLinear, QuantExperts)
 class LoadReport:
     """Names of the tensors that loading left out, sorted.
 
-    `ignored` are parts that no forward pass of any release reads. `unused` have no place in this model: indexer
-    weights under a config without `sa_config`, a second copy of tied embeddings, and whatever else the files hold when
-    they were not read strictly. `lacks_indexer`: the config describes a sparse-attention indexer but the files hold
-    none, so the model was built without it and attends densely.
+    `ignored` are parts that no forward pass of any release reads, and layers for speculative decoding. `unused` have
+    no place in this model: indexer weights under a config without `sa_config`, a second copy of tied embeddings, and
+    whatever else the files hold when they were not read strictly. `lacks_indexer`: the config describes a
+    sparse-attention indexer but the files hold none, so the model was built without it and attends densely.
     """
 
     ignored: tuple[str, ...]
@@ -100,9 +101,11 @@ def check_fit(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> LoadRe
 
 
 def check_not_quantised(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> None:
-    """`WeightsError` for weights that are quantised already."""
+    """`WeightsError` for weights that are quantised already. Float8 with a scale for each block is what the official
+    files of 671B hold, so that nothing better is there to begin with."""
     stored = stored_policy(config)
-    kind = stored.kind if stored else next((t.format.kind for t in tensors.values() if t.format is not None), None)
+    kinds = (t.format.kind for t in tensors.values() if t.format is not None)
+    kind = stored.kind if stored else next((kind for kind in kinds if kind != "fp8"), None)
     if kind is not None:
         raise WeightsError(f"the weights are quantised already ({kind}), and would lose more if they were quantised "
                            "again: take the model that they were made of, or load them as they are")  # fmt: skip
@@ -111,7 +114,7 @@ def check_not_quantised(tensors: Mapping[str, TensorSource], config: KeyeConfig)
 def load_vision(
     folder: Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[VisionTower, LoadReport]:
-    """The vision tower and projector of any release, also of Keye-VL-671B, whose language model keye does not run.
+    """The vision tower and projector of any release, also where the language model does not fit.
 
     Of a sharded checkpoint only the shards that hold them are opened. Errors as in `load_model`.
     """
@@ -216,6 +219,8 @@ def torch_dtype(name: str) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------------
 # Matching names
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 
 def plan_model(
     tensors: Mapping[str, TensorSource], config: KeyeConfig, *, strict: bool, layers: LayerFactory | None = None,
@@ -280,7 +285,7 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         elif step.dtype is None and not source.is_readable:
             unreadable.append(f"{step.name} is {source.dtype}")
     rest = set(tensors) - {step.name for step in plan}
-    ignored = {name for name in rest if IGNORED.search(name)}
+    ignored = {name for name in rest if IGNORED.search(name) or _is_draft(name, model)}
     dense = not any(INDEXER in step.own for step in plan)
     unused = {n for n in rest - ignored if (dense and INDEXER in n) or (tied and n.startswith("lm_head.weight"))}
     unexpected = rest - ignored - unused if strict else set()
@@ -295,3 +300,11 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")
     return plan, LoadReport(tuple(sorted(ignored)), tuple(sorted(rest - ignored)))
+
+
+def _is_draft(name: str, model: nn.Module) -> bool:
+    """Whether a tensor belongs to a layer for speculative decoding, which follows the last layer of the decoder."""
+    if not isinstance(model, KeyeModel) or not (match := _LAYER.match(name)):
+        return False
+    text = model.config.text
+    return text.num_hidden_layers <= int(match[1]) < text.num_hidden_layers + text.draft_layers

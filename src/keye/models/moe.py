@@ -1,4 +1,4 @@
-"""Mixture of experts: softmax router in float32, top-k experts, grouped matrix products.
+"""Mixture of experts: router in float32, top-k experts, grouped matrix products.
 
 Legend: T tokens, E experts, K experts a token, d model width, I expert width.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.config import TextConfig
-from keye.models.layers import Layer
+from keye.models.layers import MLP, Layer
 from keye.ops.cpu.gemv import LEAST_EXPERT_NUMBERS
 from keye.ops.registry import find_grouped_matmul, mix_experts, score_experts
 
@@ -80,13 +80,54 @@ def lay_out_for_decoding(network: nn.Module, device: torch.device | str, dtype: 
 class Router(nn.Linear):
     """Scores of all experts, in float32 whatever the weight's dtype: never quantised or sharded."""
 
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+
     def forward(self, x: Tensor) -> Tensor:
         """[T, d] -> float32 [T, E]."""
         return score_experts(x, self.weight)
 
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores float32 [T, E] -> weights float32 and numbers int64 [T, K] of the chosen experts."""
+        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        return weights / weights.sum(-1, keepdim=True) if self.normalise else weights, chosen
+
+
+class GroupRouter(Router):
+    """The router of DeepSeek-V3: sigmoid scores, experts in groups, and a bias that takes part in the choice alone."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        assert config.group_routing is not None
+        self.routing = config.group_routing
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores, routing = logits.sigmoid(), self.routing
+        groups = (scores + self.e_score_correction_bias).unflatten(1, (routing.n_group, -1))
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(routing.topk_group, dim=-1).indices
+        closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, False)
+        chosen = groups.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * routing.routed_scaling_factor, chosen
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupRouter:
+        """Moves between devices; the bias stays in float32, since it decides between nearly equal scores."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        self.e_score_correction_bias = moved if moved.dtype == bias.dtype else bias.to(moved.device)
+        return self
+
 
 class MoE(Layer):
-    """Routes each token to its top-k experts and sums their outputs with the router's weights.
+    """Routes each token to its top-k experts and sums their outputs with the router's weights; shared experts, where
+    there are any, are an MLP whose output is added for every token.
 
     `mix_adapted` goes before `mix` where adapters change the experts: (self, x, weights, chosen) -> the sums, or None
     where no row uses one.
@@ -96,18 +137,21 @@ class MoE(Layer):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.top_k, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.gate = Router(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Router(config) if config.group_routing is None else GroupRouter(config)
         self.experts = Experts(config)
+        if shared := config.n_shared_experts:
+            self.shared_experts: MLP | None = MLP(config.hidden_size, shared * config.moe_intermediate_size)
+        else:
+            self.shared_experts = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[T, d] -> output [T, d], router logits float32 [T, E], chosen experts int64 [T, K]."""
         logits = self.gate(x)
-        weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
-        if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = self.gate.choose(logits)
         out = None if self.mix_adapted is None else self.mix_adapted(self, x, weights, chosen)
-        return self.mix(x, weights, chosen) if out is None else out, logits, chosen
+        if out is None:
+            out = self.mix(x, weights, chosen)
+        return out if self.shared_experts is None else out + self.shared_experts(x), logits, chosen
 
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """The outputs of the `chosen` experts [T, K] of each token, summed with their `weights`: [T, d]."""

@@ -7,26 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from keye.config import (
-    ConfigError,
-    KeyeConfig,
-    TextConfig,
-    VisionConfig,
-    architecture_name,
-    model_config_from_dict,
-    vision_config_from_dict,
-)  # fmt: skip
+from keye.config import KeyeConfig, VisionConfig, model_config_from_dict
 from keye.models.attention import cache_rows
 from keye.models.keye import KeyeModel
-from keye.models.vision import VisionTower
 from keye.ops.kv_blocks import RowSpec
-from keye.releases import Release, releases_by_architecture
+from keye.releases import Release
 from keye.weights.names import IGNORED
 
 #: Rows of the packing position table, which official files hold and no forward pass reads.
@@ -67,7 +58,7 @@ class Outline:
     context: int
     cache_rows: Mapping[str, RowSpec]
     experts: tuple[int, int] | None
-    config: KeyeConfig | None
+    config: KeyeConfig
 
     @property
     def kv_numbers(self) -> int:
@@ -87,27 +78,19 @@ class Outline:
 
 
 def outline(raw: Mapping[str, Any]) -> Outline:
-    """The outline of an official `config.json` (already parsed) of any release, the 671B model too."""
-    name = architecture_name(raw)
-    release = releases_by_architecture()[name]
-    text: TextConfig | LatentTextConfig
-    if release.runs:
-        config = model_config_from_dict(raw)
-        text, vision = config.text, config.vision
-        with torch.device("meta"):
-            shapes = {n: tuple(t.shape) for n, t in KeyeModel(config).state_dict().items()}
-        if text.tie_word_embeddings:
-            del shapes["lm_head.weight"]
-        rows, experts = cache_rows(text), text.num_experts
-    else:
-        config, text, vision = None, latent_text_config(raw), vision_config_from_dict(raw)
-        with torch.device("meta"):
-            tower = VisionTower(vision, text.hidden_size).state_dict()
-        shapes = {**{n: tuple(t.shape) for n, t in tower.items()}, **dict(latent_shapes(text))}
-        rows, experts = latent_cache_rows(text), text.n_routed_experts
+    """The outline of an official `config.json` (already parsed) of any release. The scales of quantised weights and
+    draft layers are left out."""
+    config = model_config_from_dict(raw)
+    text, vision = config.text, config.vision
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in KeyeModel(config).state_dict().items()}
+    if text.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    shapes[PACKING_TABLE] = (PACKING_ROWS, vision.hidden_size)
+    experts = (text.num_experts_per_tok, text.num_experts) if text.num_experts else None
     return Outline(
-        name, release, {**shapes, PACKING_TABLE: (PACKING_ROWS, vision.hidden_size)}, vision, asdict(text),
-        text.max_position_embeddings, rows, (text.num_experts_per_tok, experts) if experts else None, config,
+        config.architecture, config.release, shapes, vision, asdict(text), text.max_position_embeddings,
+        cache_rows(text), experts, config,
     )  # fmt: skip
 
 
@@ -131,78 +114,3 @@ def active_parameters(parts: Mapping[str, int], experts: tuple[int, int] | None)
     routed = parts.get("experts", 0)
     chosen = routed * experts[0] // experts[1] if experts is not None else routed
     return sum(parts.get(name, 0) for name in names) + chosen
-
-
-@dataclass(frozen=True)
-class LatentTextConfig:
-    """The decoder of Keye-VL-671B-A37B (DeepSeek-V3: latent attention, routed and shared experts), which keye does not
-    run yet. Every token keeps one latent of `kv_lora_rank` numbers and one rotary key of `qk_rope_head_dim` in each
-    layer. Names are DeepSeek's; no config.json of this release has been seen, so the fields are read where DeepSeek-V3
-    has them, at the top level."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    q_lora_rank: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    n_routed_experts: int
-    n_shared_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    first_k_dense_replace: int
-    max_position_embeddings: int
-
-
-def latent_text_config(raw: Mapping[str, Any]) -> LatentTextConfig:
-    """Reads the decoder fields of a parsed config.json; `ConfigError` names all that are missing or not whole."""
-    names = [field.name for field in fields(LatentTextConfig)]
-    if wrong := [name for name in names if type(raw.get(name)) is not int or raw[name] < 0]:
-        raise ConfigError(f"config.json lacks {', '.join(wrong)}; the 671B decoder needs whole numbers there")
-    return LatentTextConfig(**{name: raw[name] for name in names})
-
-
-def latent_cache_rows(config: LatentTextConfig) -> dict[str, RowSpec]:
-    """What a layer stores of each token, shared by all heads."""
-    layers = config.num_hidden_layers
-    return {"latent": RowSpec(layers, 1, config.kv_lora_rank), "rope_k": RowSpec(layers, 1, config.qk_rope_head_dim)}
-
-
-def latent_shapes(config: LatentTextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the decoder's tensors, without the scales of float8 weights and without the draft layer."""
-    d = config.hidden_size
-    yield "model.embed_tokens.weight", (config.vocab_size, d)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (d,)
-        yield f"{prefix}.post_attention_layernorm.weight", (d,)
-        attention, heads, latent = f"{prefix}.self_attn", config.num_attention_heads, config.kv_lora_rank
-        q_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
-        yield f"{attention}.q_a_proj.weight", (config.q_lora_rank, d)
-        yield f"{attention}.q_a_layernorm.weight", (config.q_lora_rank,)
-        yield f"{attention}.q_b_proj.weight", (heads * q_dim, config.q_lora_rank)
-        yield f"{attention}.kv_a_proj_with_mqa.weight", (latent + config.qk_rope_head_dim, d)
-        yield f"{attention}.kv_a_layernorm.weight", (latent,)
-        yield f"{attention}.kv_b_proj.weight", (heads * (config.qk_nope_head_dim + config.v_head_dim), latent)
-        yield f"{attention}.o_proj.weight", (d, heads * config.v_head_dim)
-        if layer < config.first_k_dense_replace:
-            yield from _mlp(f"{prefix}.mlp", d, config.intermediate_size)
-            continue
-        yield f"{prefix}.mlp.gate.weight", (config.n_routed_experts, d)
-        yield f"{prefix}.mlp.gate.e_score_correction_bias", (config.n_routed_experts,)
-        for expert in range(config.n_routed_experts):
-            yield from _mlp(f"{prefix}.mlp.experts.{expert}", d, config.moe_intermediate_size)
-        shared = config.moe_intermediate_size * config.n_shared_experts
-        yield from _mlp(f"{prefix}.mlp.shared_experts", d, shared)
-    yield "model.norm.weight", (d,)
-    yield "lm_head.weight", (config.vocab_size, d)
-
-
-def _mlp(prefix: str, d: int, inner: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield f"{prefix}.gate_proj.weight", (inner, d)
-    yield f"{prefix}.up_proj.weight", (inner, d)
-    yield f"{prefix}.down_proj.weight", (d, inner)

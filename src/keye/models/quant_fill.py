@@ -91,6 +91,8 @@ def keep_formats(
     )
     if up is None and down is None:
         return layer
+    if up is not None and (layer.gate_up_proj.shape[2] // 2) % up.rows:
+        return layer  # a block of rows would belong to gate and up
     plain = quantize_layer(layer, up or down or _MIXED)
     assert isinstance(plain, QuantExperts)
     gate_up, last = plain.gate_up_proj, plain.down_proj

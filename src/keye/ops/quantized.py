@@ -132,12 +132,18 @@ class QuantTensor:
         return self.format.nbytes(self.shape)
 
     def __getitem__(self, i: int | slice) -> QuantTensor:
-        """A view of a part along the first of the leading dimensions, or of rows of a matrix whose scales are not
-        shared by rows."""
-        assert len(self.shape) > 2 or (isinstance(i, slice) and self.format.rows == 1)
-        codes = self.codes[i]
+        """A view of a part along the first of the leading dimensions, or of rows of a matrix; those that share scales
+        stay together."""
+        codes, among = self.codes[i], i
         shape = (*codes.shape[:-1], self.shape[-1])
-        return QuantTensor(self.format, shape, codes, self.scales[i], None if self.minima is None else self.minima[i])
+        if len(self.shape) == 2:
+            assert isinstance(i, slice)
+            begin, end, step = i.indices(self.shape[0])
+            rows = self.format.rows
+            assert step == 1 and begin % rows == 0 and (end % rows == 0 or end == self.shape[0])
+            among = slice(begin // rows, -(-end // rows))
+        minima = None if self.minima is None else self.minima[among]
+        return QuantTensor(self.format, shape, codes, self.scales[among], minima)
 
     def copy_(self, other: QuantTensor) -> None:
         """Takes the numbers of another of the same format and shape."""

@@ -16,6 +16,7 @@ Two promises hold here:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -208,30 +209,42 @@ def dense_attention(q_THD: Tensor, rows: Rows, first: int) -> Tensor:
 
 
 def _dense_block(q_BHD: Tensor, rows: Rows, first: int) -> Tensor:
-    """One block of queries over tiles of keys: sums under a running maximum, rescaled when a tile raises it (online
-    softmax, Milakov and Gimelshein, arXiv:1805.02867). Returns float32 [B, H, D]."""
+    """One block of queries over tiles of keys. Returns float32 [B, H, D]."""
     B, H, D = q_BHD.shape
-    length, device = first + B, q_BHD.device
+    device = q_BHD.device
     # Bytes for each head: 20 an element of a row (as stored and as float32), 12 a score, 12 an element of the sums.
     tile = max(1, (SCRATCH_BYTES // H - 12 * B * D) // (20 * D + 12 * B))
-    last_B1 = torch.arange(first, length, device=device).unsqueeze(1)
     G = rows(torch.zeros(1, dtype=torch.int64, device=device))[0].shape[1]
     q = q_BHD.float().view(B, G, H // G, D).permute(1, 2, 0, 3).reshape(G, -1, D) * D**-0.5
+    out = attend_tiles(q, lambda start, stop: rows(torch.arange(start, stop, device=device)), first, B, D, tile)
+    return out.view(G, H // G, B, D).permute(2, 0, 1, 3).reshape(B, H, D)
+
+
+def attend_tiles(
+    q: Tensor, rows: Callable[[int, int], tuple[Tensor, Tensor]], first: int, queries: int, dim: int, tile: int
+) -> Tensor:
+    """Causal attention of `queries` neighbouring queries, the first at position `first`, over tiles of keys: sums under
+    a running maximum, rescaled when a tile raises it (online softmax, Milakov and Gimelshein, arXiv:1805.02867).
+
+    `q` float32 [G, heads of a group x queries, D], scaled. `rows` (start, stop) are keys [n, G, D] and values
+    [n, G, dim] of these positions. Returns float32 [G, heads of a group x queries, dim].
+    """
+    length, device = first + queries, q.device
+    last_B1 = torch.arange(first, length, device=device).unsqueeze(1)
     largest, total = q.new_full((*q.shape[:2], 1), -torch.inf), q.new_zeros(*q.shape[:2], 1)
-    sums = torch.zeros_like(q)
+    sums = q.new_zeros(*q.shape[:2], dim)
     for start in range(0, length, tile):
         positions_S = torch.arange(start, min(length, start + tile), device=device)
-        k_SGD, v_SGD = rows(positions_S)
+        k_SGD, v_SGD = rows(start, min(length, start + tile))
         scores = torch.matmul(q, k_SGD.float().permute(1, 2, 0))
-        scores.view(-1, B, scores.shape[-1]).masked_fill_(positions_S > last_B1, -torch.inf)
+        scores.view(-1, queries, scores.shape[-1]).masked_fill_(positions_S > last_B1, -torch.inf)
         # Finite from the first tile on: every query sees key 0.
         raised = torch.maximum(largest, scores.amax(-1, keepdim=True))
         weights, rescale = scores.sub_(raised).exp_(), (largest - raised).exp_()
         total = total * rescale + weights.sum(-1, keepdim=True)
         sums = sums.mul_(rescale).add_(torch.matmul(weights, v_SGD.float().transpose(0, 1)))
         largest = raised
-    out = (sums / total).view(G, H // G, B, D)
-    return out.permute(2, 0, 1, 3).reshape(B, H, D)
+    return sums / total
 
 
 def rope_angles(positions: Tensor, inv_freq: Tensor, section: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -242,6 +255,24 @@ def rope_angles(positions: Tensor, inv_freq: Tensor, section: tuple[int, ...]) -
     parts = zip(positions.float(), inv_freq.split(section), strict=True)
     angles = torch.cat([axis.unsqueeze(1) * frequencies for axis, frequencies in parts], dim=1)
     return angles.cos(), angles.sin()
+
+
+def yarn_frequencies(
+    dim: int, theta: float, factor: float, original: int, beta_fast: float, beta_slow: float,
+    device: torch.device | None = None,
+) -> Tensor:  # fmt: skip
+    """`inverse_frequencies` stretched by YaRN (arXiv:2309.00071) from a context of `original` positions to `factor` as
+    many: frequencies with more than `beta_fast` turns in it stay, those with fewer than `beta_slow` are divided by
+    `factor`, a ramp leads from the first to the second. As DeepSeek-V3's code, and transformers', have it."""
+
+    def dimension(turns: float) -> float:
+        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(dimension(beta_fast)), 0), min(math.ceil(dimension(beta_slow)), dim - 1)
+    plain = inverse_frequencies(dim, theta, device)
+    order = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    ramp = ((order - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp)
 
 
 def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:

@@ -23,12 +23,12 @@ _REPLY: Final = 128
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A published model: `bytes` for a question about 64 frames, None for one that keye does not run; whether they
-    `fits` the memory of this machine, and whether the files are `here` already."""
+    """A published model: `bytes` for a question about 64 frames, whether they `fits` the memory of this machine, and
+    whether the files are `here` already."""
 
     name: str
     hub_name: str
-    bytes: int | None
+    bytes: int
     fits: bool
     here: bool
 
@@ -46,9 +46,9 @@ def list_known_models() -> tuple[KnownModel, ...]:
         short, hub_name = release.name.lower(), release.hub_name
         if hub_name is None or short in PACKAGED or short not in PUBLISHED:
             continue
-        size = _memory_of(short) if release.runs else None
+        size = _memory_of(short)
         here = isinstance(try_to_load_from_cache(hub_name, "config.json"), str)
-        known.append(KnownModel(short, hub_name, size, size is not None and size <= largest, here))
+        known.append(KnownModel(short, hub_name, size, size <= largest, here))
     return tuple(known)
 
 

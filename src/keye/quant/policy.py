@@ -25,6 +25,7 @@ PARTS: Final = (
 #: What stays in high precision: few numbers, and the choice of experts, where a rounding error picks another one.
 FLOAT: Final = (
     ("router", re.compile(r"\.mlp\.gate\.")),
+    ("expansion of latents, used from both sides", re.compile(r"\.kv_b_proj\.")),
     ("norms", re.compile(r"norm\d?\.")),
     ("biases", re.compile(r"bias$")),
     ("patch projection and position table", re.compile(r"^visual\..*\.(patch|position)_embedding\.")),

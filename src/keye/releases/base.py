@@ -62,17 +62,14 @@ class Release:
     """The rules of one release. A new release is a subclass with what differs, given to `register`."""
 
     name: str
-    #: Names in `architectures` of `config.json`, and what each promises: layers may have a DSA indexer ("sparse"), and
-    #: may route to experts ("moe").
-    architectures: Mapping[str, tuple[Literal["sparse", "moe"], ...]]
+    #: Names in `architectures` of `config.json`, and what each promises: layers may have a DSA indexer ("sparse"), may
+    #: route to experts ("moe"), or are those of DeepSeek-V3 ("latent").
+    architectures: Mapping[str, tuple[Literal["sparse", "moe", "latent"], ...]]
     #: The published checkpoint on the hub.
     hub_name: str | None = None
 
     # Networks
 
-    #: The family of the language model, and whether keye runs it.
-    decoder: str = "Qwen3"
-    runs: bool = True
     #: A video is one grid row: the vision tower attends over all its frames, its tokens are one span without labels.
     whole_video: bool = False
     #: The projector normalises single patches, before it merges them.
@@ -83,6 +80,8 @@ class Release:
 
     # Prompts
 
+    #: keye has no chat template of its own for the release: the checkpoint must bring one.
+    needs_template: bool = False
     #: The system message of a conversation without one.
     default_system: str | None = None
     #: How reasoning is switched: in the reply's beginning, or by /think and /no_think after the last user message.

@@ -9,13 +9,12 @@ from keye.releases.v1_5 import Keye1_5
 
 
 class Keye671B(Keye1_5):
-    """Described by `keye inspect`; only the vision tower and the projector run."""
+    """Its config.json, tokenizer and chat template were never seen: prompts follow the checkpoint's own template."""
 
     name = "671B"
-    architectures = {"KeyeVLMoeForConditionalGeneration": ("moe",)}
+    architectures = {"KeyeVLMoeForConditionalGeneration": ("latent",)}
     hub_name = "Kwai-Keye/Keye-VL-671B-A37B"
-    decoder = "DeepSeek-V3"
-    runs = False
+    needs_template = True
     official_token_ids = {}
 
 

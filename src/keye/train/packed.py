@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keye.models.attention import IndexerOutput
 from keye.ops.elementwise import PLAIN, Elementwise
+from keye.ops.latent import LatentQuery, expand
 from keye.ops.reference import topk_mask
 from keye.train.config import TrainMode
 
@@ -69,7 +70,7 @@ class PackedStep:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
         B, N, (H, D), G, P = self.batch, self.trunk + self.tail, q.shape[1:], k.shape[1], self.trunk
         q = q.view(B, N, G, H // G, D).permute(0, 2, 3, 1, 4)  # B G R N D
-        k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, D).transpose(1, 2)  # B G N D
+        k, v = k.view(B, N, G, D).transpose(1, 2), v.view(B, N, G, -1).transpose(1, 2)  # B G N D
         for hint in self.hints:
             if hint.layer == layer:
                 self.hint_losses[hint.name] = hint_loss(hint, q.flatten(1, 2), k[:, :, :P])
@@ -82,7 +83,13 @@ class PackedStep:
             out = torch.cat(parts, dim=3)
         else:
             out = self._attend_and_teach(q, k, v, index)
-        return out.permute(0, 3, 1, 2, 4).reshape(B * N, H, D)
+        return out.permute(0, 3, 1, 2, 4).reshape(B * N, H, -1)
+
+    def attend_latent(self, layer: int, query: LatentQuery, latent: Tensor, rope_k: Tensor) -> Tensor:
+        """Over the keys and values that latents are expanded to."""
+        q = torch.cat((query.nope, query.rope), dim=2)
+        q = q * (query.scale * q.shape[2] ** 0.5)  # `attend` divides by the root again
+        return self.attend(layer, q, *expand(latent, rope_k, query.weight, query.nope.shape[2]), None)
 
     def _window_logits(self, q: Tensor, k: Tensor) -> Tensor:
         """Tail queries [B, G, R, L, D] against the trunk and their own window: [B, G, R, M, W, P + W], unscaled."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from keye.config import read_json
+from keye.config.float8 import float8_block
+from keye.weights.float8 import FLOAT8, join_scales
 from keye.weights.safetensors import open_checkpoint
 from keye.weights.source import TensorSource
 
@@ -26,4 +29,8 @@ def open_weights(path: Path, wanted: Callable[[str], bool] | None = None) -> Map
         from keye.weights.gguf.source import open_gguf
 
         return open_gguf(*link, wanted)
-    return open_checkpoint(path, wanted)
+    tensors, config = open_checkpoint(path, wanted), path / "config.json"
+    if not config.exists() or not any(tensor.dtype == FLOAT8 for tensor in tensors.values()):
+        return tensors
+    block = float8_block(read_json(config))
+    return tensors if block is None else join_scales(tensors, block)

@@ -188,9 +188,7 @@ def download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
 def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) -> Keye:
     """Loads the model of `options.running`; what its files hold unused or lack becomes one note."""
     from keye.config import load_model_config
-    from keye.hub import check_runs
 
-    check_runs(options["model"])
     load_model_config(find_model(options["model"], weights=False))  # weights that cannot be loaded are not downloaded
     find_model(options["model"])
     with stderr().status(f"loading {one_line(options['model'])}"):

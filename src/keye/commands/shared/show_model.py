@@ -25,8 +25,7 @@ def print_model(result: Mapping[str, Any]) -> None:
     section(console, "architecture", pairs(architecture_rows(result)))
     section(console, "parameters", parameter_table(result["parameters"], console.width >= NARROW))
     section(console, "memory", memory_table(result))
-    if result["runs"]:
-        section(console, "this machine", pairs(machine_rows(result)))
+    section(console, "this machine", pairs(machine_rows(result)))
     section(console, "files", pairs(file_rows(result)))
     for note in result["notes"]:
         console.print(Text(one_line(note), style="yellow"))
@@ -66,7 +65,7 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
 def architecture_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     text, vision = result["text"], result["vision"]
     rows = [("release", result["release"])]
-    rows += _latent_rows(text) if "kv_lora_rank" in text else _decoder_rows(text)
+    rows += _latent_rows(text) if text["latent"] is not None else _decoder_rows(text)
     rows += [
         ("context", f"{result['context']:,} tokens"),
         ("vocabulary", f"{text['vocab_size']:,}"),
@@ -78,7 +77,7 @@ def architecture_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
     if result["tokens_per_second"] is not None:
         rows.append(("time of frames", f"in the positions, {result['tokens_per_second']:g} steps a second"))
-    elif result["runs"]:
+    else:
         rows.append(("time of frames", "in words before each frame"))
     return rows
 
@@ -103,13 +102,20 @@ def _decoder_rows(text: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _latent_rows(text: Mapping[str, Any]) -> list[tuple[str, str]]:
+    latent, routing, yarn = text["latent"], text["group_routing"], text["yarn"]
+    dense = len(text["mlp_only_layers"])
+    stretched = f"; stretched {yarn['factor']:g}-fold (yarn)" if yarn is not None else ""
+    sections = "/".join(map(str, text["mrope_section"])) if text["uses_mrope"] else ""
     return [
         ("decoder", f"{text['num_hidden_layers']} layers, width {text['hidden_size']:,}; "
                     f"{text['num_attention_heads']} heads"),
-        ("experts", f"{text['num_experts_per_tok']} of {text['n_routed_experts']} for each token and "
-                    f"{text['n_shared_experts']} shared, width {text['moe_intermediate_size']:,}"),
-        ("attention", f"latent: {text['kv_lora_rank']} numbers and a rotary key of {text['qk_rope_head_dim']} "
+        ("experts", f"{text['num_experts_per_tok']} of {text['num_experts']} for each token, from "
+                    f"{routing['topk_group']} of {routing['n_group']} groups, and {text['n_shared_experts']} shared, "
+                    f"width {text['moe_intermediate_size']:,}; the first {dense} layers are dense"),
+        ("attention", f"latent: {latent['kv_lora_rank']} numbers and a rotary key of {latent['qk_rope_head_dim']} "
                       "for each token and layer"),
+        ("rotary", f"base {text['rope_theta']:,.0f}{stretched}; "
+                   + (f"time/row/column {sections}" if sections else "one position a token, visual ones too")),
     ]  # fmt: skip
 
 
