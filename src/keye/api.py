@@ -32,6 +32,8 @@ from keye.engine.runtime import Runtime
 from keye.errors import KeyeError, closest, collect_warnings
 from keye.hub import resolve
 from keye.media.processor import Decoder, Processor
+from keye.models.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
+from keye.models.adapter_files import LoraConfig
 from keye.models.attention import AttentionMode
 from keye.models.load import LoadReport, load_model, torch_dtype
 from keye.ops.quantized import QuantKind
@@ -271,6 +273,11 @@ class Keye:
         for one that cannot be read, was made for another model, or does not fit in memory."""
         self.engine.load_adapter(path, name)
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that are loaded."""
+        return self.runtime.adapters.names
+
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; requests that use it go on with it."""
         self.runtime.adapters.unload(name)
@@ -335,6 +342,10 @@ def load(
     storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     limit = None if memory is None else parse_bytes(memory, "memory")
     name = str(name_or_path)
+    for path in (adapters or {}).values():  # before minutes are spent on loading the model
+        LoraConfig.from_file(Path(path).expanduser() / ADAPTER_CONFIG)
+    if adapter is not None and adapter not in (adapters or {}):
+        raise KeyeError(f"adapter is {adapter!r}, which is none of the names in adapters")
     # The small files come first: what they refuse need not be downloaded.
     folder = resolve(name, revision=revision, weights=False, progress=progress, mmproj=mmproj)
     config = load_model_config(folder)

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
 @options.decode
 @options.running_device
+@options.adapter
 @options.template
 @options.storing
 @options.attention

@@ -50,6 +50,9 @@ _MAX_KEYS_BYTES = 1 << 20
 @click.option("--library", metavar="[DIR]", is_flag=False, flag_value="",
               help="Serve a library of videos, and index it: that in DIR, or that of keye library.")  # fmt: skip
 @click.option("--library-manage", is_flag=True, help="Clients with a key may add and remove folders of it.")
+@options.adapters
+@click.option("--adapter-folder", type=options.PATH, metavar="DIR",
+              help="Clients may load and unload the adapters in DIR, by /v1/load_lora_adapter.")  # fmt: skip
 @options.transcribe
 @click.option("--audit", type=options.PATH, metavar="FILE", help="Append a JSON line for each request.")
 @click.option("--replicas", type=options.COUNT, metavar="N", help="Run N servers; requests about one video go to one.")
@@ -105,6 +108,9 @@ def serve(
     if ray is not None and decode is not None:
         raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")
     if replicas is not None or ray is not None:
+        if settings.adapter_folder is not None:
+            raise KeyeError("--adapter-folder cannot be used with replicas, of which each would load its own: give "
+                            "--adapter for each")  # fmt: skip
         with listening, audit_log(audit) as log:
             serve_replicas(context, replicas or 1, settings, listening, log)
         return
@@ -148,7 +154,7 @@ def serve_replicas(
 
 #: Options that change nothing where vLLM computes.
 _OF_KEYE = ("replicas", "ray", "decode", "template", "library", "library_manage", "transcribe", "transcribe_model",
-            "device", "threads", "strict_limits", *options.STORING_OPTIONS)  # fmt: skip
+            "device", "threads", "strict_limits", "adapter", "adapter_folder", *options.STORING_OPTIONS)  # fmt: skip
 
 
 def serve_vllm(
@@ -226,7 +232,7 @@ def settings_of(api_key_file: Path | None, arguments: Mapping[str, Any]) -> Sett
         allowed_hosts=arguments["allow_host"], served_names=arguments["name"],
         strict_model_name=arguments["strict_model_name"], strict_limits=arguments["strict_limits"],
         allow_origins=arguments["allow_origin"], allow_media_hosts=arguments["allow_media_host"],
-        library_manage=arguments["library_manage"], **limits,
+        library_manage=arguments["library_manage"], adapter_folder=arguments["adapter_folder"], **limits,
     )  # fmt: skip
 
 

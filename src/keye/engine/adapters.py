@@ -35,13 +35,18 @@ class Adapters:
         """Names of what is loaded, in the order of loading."""
         return tuple(self._by_name)
 
-    def load(self, path: str | Path, name: str, exclusive: Callable[[], AbstractContextManager[None]]) -> Adapter:
-        """Reads the adapter in the folder `path`; it is attached to the model under `exclusive`. `KeyeError` for a name
-        that is taken, an adapter that does not fit the model, and one that memory does not hold."""
+    def load(
+        self, path: str | Path, name: str, exclusive: Callable[[], AbstractContextManager[None]], *,
+        replace: bool = False,
+    ) -> Adapter:  # fmt: skip
+        """Reads the adapter in the folder `path`; it is attached to the model under `exclusive`. With `replace` it
+        takes the place of one that is called so. `KeyeError` for a name that is taken, an adapter that does not fit
+        the model, and one that memory does not hold."""
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise KeyeError(f"{str(name)[:100]!r} is not a name for an adapter: use letters, digits and . _ - / : @ +")
         with self._loading:
-            if name in self._by_name:
+            default = self._model.adapter_rows.default
+            if name in self._by_name and (not replace or self._by_name[name] is default):
                 raise KeyeError(f"an adapter {name!r} is loaded already: unload it first, or choose another name")
             reserved = 0
 

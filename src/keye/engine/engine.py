@@ -222,10 +222,11 @@ class Engine:
             self.runtime.forget_weights()
         return version
 
-    def load_adapter(self, path: str | Path, name: str) -> Adapter:
-        """Loads a LoRA adapter from a folder that PEFT wrote, between two steps. `KeyeError` in one sentence where it
-        cannot be read, was made for another model, or does not fit in memory."""
-        return self.runtime.adapters.load(path, name, self.core.exclusive)
+    def load_adapter(self, path: str | Path, name: str, *, replace: bool = False) -> Adapter:
+        """Loads a LoRA adapter from a folder that PEFT wrote, between two steps; with `replace` in the place of one
+        that is called so. `KeyeError` in one sentence where it cannot be read, was made for another model, or does not
+        fit in memory."""
+        return self.runtime.adapters.load(path, name, self.core.exclusive, replace=replace)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Entered around work on the model that is not a request: no step runs meanwhile."""

@@ -24,6 +24,7 @@ from keye.server.errors import begin_notes, collect_warnings
 from keye.server.library import ServedLibrary
 from keye.server.metrics import Metrics
 from keye.server.routes import (
+    adapters,
     chat,
     completions,
     export,
@@ -47,7 +48,7 @@ Gauges = Callable[[], Mapping[str, float]]
 log: Final = logging.getLogger("keye.server")
 _ROUTERS: Final = (
     chat.router, completions.router, responses.router, files.router, video.router, frames.router, find.router,
-    export.router, library.router, system.router, messages.router, native.router,
+    export.router, library.router, system.router, messages.router, native.router, adapters.router,
 )  # fmt: skip
 
 
@@ -73,6 +74,8 @@ def create_app(
     default as in the settings; `decode_gauges` are numbers of a decode service for /metrics, whose names get `decode_`
     in front."""
     settings = settings or Settings()
+    for name in model.adapters:
+        adapters.check_adapter_name(settings.served_names, model.name, name)
     engine = AsyncEngine(model.engine, most_requests=settings.queue)
     store = FileStore(settings)
     policy = policy or fetch_policy(settings)

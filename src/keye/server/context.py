@@ -24,6 +24,7 @@ from keye.engine.async_engine import AsyncEngine
 from keye.engine.guide import GuideFactory
 from keye.media.source.fetch import FetchPolicy
 from keye.media.thumbnails import ThumbnailCache
+from keye.models.adapters import Adapter
 from keye.server.edge.errors import ApiError
 from keye.server.errors import add_note
 from keye.server.library import ServedLibrary
@@ -128,15 +129,37 @@ class Context:
         """The names of the model here, the first one its own."""
         return self.settings.served_names or (self.model.name,)
 
-    def check_model(self, name: str | None, *, strict: bool = False) -> None:
-        """Accepts any name of a model, with a note for one that is not served here; `ApiError` 404 for that where names
-        are strict."""
-        if (not name and not strict) or name in (*self.names, self.model.name):
-            return
-        if strict or self.settings.strict_model_name:
-            sentence = f"the model {(name or '')[:100]!r} is not served here; use {self.names[0]!r}"
+    def adapter_of(self, name: str | None, *, strict: bool = False) -> Adapter | None:
+        """The adapter that is called so; None for names of the model and, where they are not strict, all others.
+        `ApiError` 404 for those where names are strict: where the settings say so, or an adapter is loaded."""
+        adapters = self.model.adapters
+        if name is not None and name in adapters:
+            return self.model.runtime.resolve_adapter(name)
+        is_strict = strict or self.settings.strict_model_name or bool(adapters)
+        if is_strict and not self._is_own(name, strict=strict):
+            known = " or ".join(map(repr, [*self.names, *adapters][:8]))
+            sentence = f"the model {(name or '')[:100]!r} is not served here; use {known}"
             raise ApiError(404, sentence, param="model", code="model_not_found")
-        add_note(f"the model {(name or '')[:100]!r} is not served here: {self.names[0]!r} answers")
+        return None
+
+    def check_model(self, name: str | None, *, strict: bool = False) -> None:
+        """Accepts any name of a model, with a note for one that is not served here; `ApiError` as in `adapter_of`."""
+        if self.adapter_of(name, strict=strict) is None and not self._is_own(name, strict=strict):
+            add_note(f"the model {(name or '')[:100]!r} is not served here: {self.names[0]!r} answers")
+
+    def check_base(self, name: str | None) -> None:
+        """The same for what the model computes without adapters; `ApiError` 400 for the name of one."""
+        if self.adapter_of(name) is not None:
+            sentence = f"{name!r} is an adapter, which answers chats and completions; name {self.names[0]!r} here"
+            raise ApiError(400, sentence, param="model")
+        self.check_model(name)
+
+    def name_of(self, adapter: Adapter | None) -> str:
+        """What replies call the model that has answered."""
+        return self.names[0] if adapter is None else adapter.name
+
+    def _is_own(self, name: str | None, *, strict: bool) -> bool:
+        return (not name and not strict) or name in (*self.names, self.model.name)
 
 
 def context_of(request: Request) -> Context:

@@ -37,7 +37,7 @@ class Settings:
     address that is listened on. A search takes at most `find_seconds` in its turn and `find_tokens` tokens for its
     question. `transcriber` is the service that transcribes speech, where requests ask for it. `library` is the folder
     of a library that all clients may search; its folders are managed by clients where no keys are needed, or
-    `library_manage` is set.
+    `library_manage` is set. Clients may load and unload adapters that lie in `adapter_folder`.
     """
 
     host: str = "127.0.0.1"
@@ -69,6 +69,7 @@ class Settings:
     transcriber: Transcriber | None = None
     library: Path | None = None
     library_manage: bool = False
+    adapter_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

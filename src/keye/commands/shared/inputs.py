@@ -21,6 +21,7 @@ from keye.commands.shared.options import (
     SAMPLING_OPTIONS,
     STORING_OPTIONS,
     VIDEO_OPTIONS,
+    adapter_settings,
     flag,
     pick_set,
 )  # fmt: skip
@@ -202,6 +203,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
             options["model"], device=options["device"], dtype=options["dtype"], quant=options.get("quant"),
             **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
             template=options.get("template") or "auto", decoder=decoder,
+            **adapter_settings(options.get("adapter")),
         )  # fmt: skip
     if model.notes:
         note("; ".join(model.notes))

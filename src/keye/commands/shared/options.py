@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from keye.errors import Option
+from keye.errors import KeyeError, Option
 from keye.units import parse_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -107,7 +107,11 @@ running_device: Callable[[F], F] = combine(
                  help="Quantise the weights while they are loaded.  [default: as the checkpoint has them]"),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
 )  # fmt: skip
-running: Callable[[F], F] = combine(model_name, running_device)
+adapter = click.option("--adapter", metavar="[NAME=]DIR", help="LoRA adapter to answer with, a folder that PEFT wrote.")
+adapters = click.option("--adapter", multiple=True, metavar="[NAME=]DIR",
+                        help="LoRA adapter, a folder that PEFT wrote; clients name it as model. May be repeated."
+                        )  # fmt: skip
+running: Callable[[F], F] = combine(model_name, running_device, adapter)
 template = click.option(
     "--template", metavar="auto|keye|checkpoint|FILE", default="auto", show_default=True,
     help="Chat template: the checkpoint's own if it has one (auto), keye's, the checkpoint's, or a file.",
@@ -221,6 +225,21 @@ def pick_set(options: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, An
     return {name: options[name] for name in names if options[name] is not None and options[name] != ()}
 
 
+def adapter_settings(value: str | Sequence[str] | None) -> dict[str, Any]:
+    """Arguments of `keye.load` for the adapters of the command line: one that answers all questions, or several of
+    which each request chooses. `KeyeError` for two of one name."""
+    values = [value] if isinstance(value, str) else list(value or ())
+    folders: dict[str, str] = {}
+    for each in values:
+        name, _, folder = each.rpartition("=")
+        name = name or Path(folder).name
+        if name in folders:
+            raise KeyeError("{} has the name {} twice: give each adapter its own, as NAME=DIR",
+                            Option("adapter"), repr(name))  # fmt: skip
+        folders[name] = str(Path(folder).expanduser().absolute())
+    return {} if not folders else {"adapters": folders, **({"adapter": name} if isinstance(value, str) else {})}
+
+
 def engine_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `keye.load`, and `threads`, as plain data."""
     names = ("model", "device", "dtype", "quant", "threads", "template", *STORING_OPTIONS)
@@ -228,4 +247,5 @@ def engine_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     model = Path(settings["model"])
     if model.is_dir():
         settings["model"] = str(model.absolute())  # other processes may have other working folders
-    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    return {**plain, **adapter_settings(arguments.get("adapter"))}

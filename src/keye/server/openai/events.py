@@ -18,6 +18,7 @@ from keye.chat.stream import ReplyPiece, ReplyStream
 from keye.chat.times import merge_intervals, parse_intervals
 from keye.engine.request import Delta, Ended, Event, Finished, GenerationRequest, Prefilled, Progress, TokenProb
 from keye.errors import KeyeError
+from keye.models.adapters import Adapter
 from keye.moments import FindNote
 from keye.server.context import Context, context_of
 from keye.server.edge.audit import CURRENT, new_id
@@ -294,10 +295,10 @@ def keye_encoder(reply: ChatReply, begin: Mapping[str, Any], finish: Callable[[F
     return encode
 
 
-def reply_head(prefix: str, kind: str, context: Context) -> Mapping[str, Any]:
+def reply_head(prefix: str, kind: str, context: Context, adapter: Adapter | None) -> Mapping[str, Any]:
     """The fields that every object of a reply begins with."""
     return {
-        "id": new_id(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": context.names[0],
+        "id": new_id(f"{prefix}-"), "object": kind, "created": int(time.time()), "model": context.name_of(adapter),
         "system_fingerprint": context.fingerprint,
     }  # fmt: skip
 

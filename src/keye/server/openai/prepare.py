@@ -236,7 +236,7 @@ def make_request(
         prompt, params, context.model.runtime.resolve_attention(sampling.attention),
         ignore_eos=bool(sampling.ignore_eos) and not has_form, skip_special=sampling.skip_special_tokens is not False,
         deterministic=bool(sampling.deterministic), clamp=not context.settings.strict_limits, salt=context.salt(owner),
-        seconds=context.settings.request_seconds,
+        seconds=context.settings.request_seconds, adapter=context.adapter_of(sampling.model),
     )  # fmt: skip
 
 

@@ -244,6 +244,21 @@ class ResponseRequest(Sampling, Forms, ChatFields):
     include: Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=64)] | None = None
 
 
+class LoadAdapterRequest(Body):
+    """POST /v1/load_lora_adapter. With `load_inplace` it takes the place of one that is called so."""
+
+    lora_name: Name
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Body):
+    """POST /v1/unload_lora_adapter. The number that vLLM gives adapters has no meaning here."""
+
+    lora_name: Name
+    lora_int_id: int | None = None
+
+
 class TokenizeRequest(Tolerant):
     model: Annotated[str, Field(max_length=256)] | None = None
     prompt: Text | None = None

@@ -54,7 +54,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
         return await stream_events(request, events, at_once=encoder.wants_progress)
     replies, finished = await collect_chat(request, chat)
     return JSONResponse({
-        **reply_head("chatcmpl", "chat.completion", context),
+        **reply_head("chatcmpl", "chat.completion", context, chat.request.adapter),
         "choices": [_choice(index, reply, chat, body) for index, reply in enumerate(replies)],
         "usage": usage_of(finished, replies, chat),
         **_prompt_fields(finished, chat, body),
@@ -140,7 +140,7 @@ class _ChunkEncoder:
 
     def __init__(self, context: Context, chat: PreparedChat, body: ChatRequest) -> None:
         self._chat, self._body = chat, body
-        self._begin = reply_head("chatcmpl", "chat.completion.chunk", context)
+        self._begin = reply_head("chatcmpl", "chat.completion.chunk", context, chat.request.adapter)
         self._replies = [ChatReply.of(chat) for _ in range(chat.request.n)]
         self._begun: set[int] = set()
         self._ends: list[Ended] = []

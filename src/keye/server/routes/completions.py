@@ -122,7 +122,8 @@ async def _answer(context: Context, runs: Sequence[_Run], body: CompletionReques
     notes = dict.fromkeys([*current_notes(), *(note for end in ends for note in notes_of(end))])
     usage = _usage(ends, scores=runs[0].scores)
     return {
-        **reply_head("cmpl", "text_completion", context), "choices": choices, "usage": usage, **_note_fields([*notes]),
+        **reply_head("cmpl", "text_completion", context, runs[0].request.adapter), "choices": choices,
+        "usage": usage, **_note_fields([*notes]),
     }  # fmt: skip
 
 
@@ -154,7 +155,7 @@ def _choice(
 
 async def _stream(context: Context, runs: Sequence[_Run], body: CompletionRequest) -> AsyncGenerator[bytes, None]:
     """Chunks of all prompts, one prompt after another, the last with their usage where it was requested."""
-    begin, options = reply_head("cmpl", "text_completion", context), body.stream_options
+    begin, options = reply_head("cmpl", "text_completion", context, runs[0].request.adapter), body.stream_options
     usage = RunningUsage(bool(options and options.continuous_usage_stats))
     has_tail = bool(options and (options.include_usage or options.continuous_usage_stats))
     ends: list[Finished] = []

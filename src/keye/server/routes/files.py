@@ -183,7 +183,7 @@ class _Form:
 async def create(request: Request, body: IndexRequest) -> JSONResponse:
     """Computes the KV state of an uploaded video and keeps it; messages then name the index in place of the video."""
     context = context_of(request)
-    context.check_model(body.model)
+    context.check_base(body.model)
     file = context.files.get(body.file_id, owner_of(request))
     if file.kind != "video" or file.id.startswith(INDEX):
         raise ApiError(400, "file_id is not a video; indexes are made of videos", param="file_id")

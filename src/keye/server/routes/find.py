@@ -35,7 +35,7 @@ async def find(request: Request, body: FindRequest) -> Response:
     seconds: `started` with the id of the search, `waiting` until its turn, `progress`, `moments` found so far, and
     last the `result`. It ends when the client leaves; what was indexed stays for the next question."""
     context, owner = context_of(request), owner_of(request)
-    context.check_model(body.model)
+    context.check_base(body.model)
     named_video(body.video, context.opener(owner), body.preprocess_kwargs)  # mistakes are found before the search waits
     job = Job(owner, lambda job, emit: _search(context, owner, body, job, emit))
     if body.stream:

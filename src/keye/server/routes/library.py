@@ -112,7 +112,7 @@ async def find(request: Request, body: LibraryFindRequest) -> Response:
     """Where something happens in all videos of the library that are indexed, the best so far first; events and limits
     as those of /v1/video/find. Moments name their video in `file`."""
     context, owner, library = context_of(request), owner_of(request), _library(request)
-    context.check_model(body.model)
+    context.check_base(body.model)
     budget = min(body.budget or context.settings.find_tokens, context.settings.find_tokens)
 
     def work(job: Job, emit: Emit) -> None:

@@ -37,7 +37,8 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
         more["thinking_token_budget"] = body.thinking.budget_tokens
     query = replace(_query(body), sampling=body.model_copy(update=more), max_tokens=body.max_tokens)
     chat = await prepare_chat(request, query)
-    context, model = context_of(request), context_of(request).names[0]
+    context = context_of(request)
+    model = context.name_of(chat.request.adapter)
     if body.stream:
         events = encode_events(context, (chat.request, MessageEncoder(model, chat).encode))
         return await stream_events(request, events, tail=b"")

@@ -76,6 +76,7 @@ def _make_runs(context: Context, owner: str, body: GenerateRequest) -> list[_Run
     runs = []
     for index, prompt in enumerate(prompts):
         request = _make_request(context, owner, prompt, _of_prompt(params, index, len(prompts), "sampling_params"))
+        request = replace(request, adapter=context.adapter_of(body.model))
         start = -1
         if _of_prompt(body.return_logprob, index, len(prompts), "return_logprob"):
             start = _of_prompt(body.logprob_start_len, index, len(prompts), "logprob_start_len") or 0

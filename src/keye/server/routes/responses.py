@@ -134,7 +134,8 @@ def _head(context: Context, chat: PreparedChat, body: ResponseRequest) -> dict[s
     params = chat.request.params
     return {
         "id": new_response_id(), "object": "response", "created_at": int(time.time()),
-        "model": context.names[0], "status": "in_progress", "error": None, "incomplete_details": None,
+        "model": context.name_of(chat.request.adapter), "status": "in_progress", "error": None,
+        "incomplete_details": None,
         "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "output": [],
         "parallel_tool_calls": body.parallel_tool_calls is not False, "store": body.store is not False,
         "previous_response_id": body.previous_response_id,

@@ -41,9 +41,10 @@ async def health(request: Request) -> JSONResponse:
 @router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models")
 async def models(request: Request) -> JSONResponse:
-    """The model that is served, under each of its names."""
+    """The model that is served, under each of its names, and its adapters."""
     context = context_of(request)
-    entries = await context.in_thread(lambda: [_model(context, name) for name in context.names])
+    names = (*context.names, *context.model.adapters)
+    entries = await context.in_thread(lambda: [_model(context, name) for name in names])
     return JSONResponse({"object": "list", "data": entries})
 
 
@@ -74,8 +75,9 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "capabilities": list(_CAPABILITIES),
         "known_models": [known.to_dict() for known in list_known_models()],
     }
+    parent = {"parent": context.names[0]} if name in context.model.adapters else {}
     return {
-        "id": name, "object": "model", "created": int(context.started), "owned_by": "keye",
+        "id": name, "object": "model", "created": int(context.started), "owned_by": "keye", **parent,
         "max_model_len": config.text.max_position_embeddings, "keye": facts,
     }  # fmt: skip
 

@@ -88,7 +88,7 @@ async def ground(request: Request, body: GroundRequest) -> Response:
         raise ApiError(400, "video: give one video, as video_url or input_video", param="video")
     if body.stream:
         reply = ChatReply.of(chat)
-        begin = {"object": "keye.ground.chunk", "model": context.names[0]}
+        begin = {"object": "keye.ground.chunk", "model": context.name_of(chat.request.adapter)}
         encode = keye_encoder(reply, begin, lambda finished: _ground_object(context, chat, reply, finished))
         return await stream_events(request, encode_events(context, (chat.request, encode)), at_once=True)
     replies, finished = await collect_chat(request, chat)
@@ -98,7 +98,8 @@ async def ground(request: Request, body: GroundRequest) -> Response:
 def _ground_object(context: Context, chat: PreparedChat, reply: ChatReply, finished: Finished) -> dict[str, Any]:
     fields = keye_fields(finished, reply.text, chat, merged=True)
     return {
-        "object": "keye.ground", "model": context.names[0], "intervals": fields["intervals"], "text": reply.text,
+        "object": "keye.ground", "model": context.name_of(chat.request.adapter), "intervals": fields["intervals"],
+        "text": reply.text,
         "usage": usage_of(finished, [reply], chat), "keye": fields,
     }  # fmt: skip
 
@@ -163,7 +164,7 @@ def _cut(
 async def create(request: Request, body: LiveRequest) -> JSONResponse:
     """Opens a session. `keep` "recent" forgets the oldest frames when the context is full."""
     context, owner = context_of(request), owner_of(request)
-    context.check_model(body.model)
+    context.check_base(body.model)
 
     name = await context.live.open(owner, lambda: context.model.live(keep=body.keep, **(body.preprocess_kwargs or {})))
     return JSONResponse({"id": name, "object": "keye.live", "idle_seconds": IDLE_SECONDS})

@@ -59,7 +59,7 @@ class DescribedModel:
         self.tokenizer, self.processor = Tokenizer.from_file(folder), Processor(load_processor_config(folder))
         self._prompts = PromptBuilder(self.config, self.tokenizer, self.processor)
         self._template = template_of(self.config.release, load_generation_config(folder).default_system)
-        self.measure = self._prompts.measure
+        self.measure, self.adapters = self._prompts.measure, ()
 
     def render(self, messages: Sequence[Any]) -> Any:
         """The prompt of messages by keye's own template."""
