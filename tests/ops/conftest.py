@@ -37,8 +37,8 @@ def variant_backend() -> Callable[[str], CpuBackend]:
     return make
 
 
-#: Building takes seconds. What `avx512` does, `avx512bf16` does too with float32.
-_SLOW = {"avx512"}
+#: Building takes seconds. What these do, `avx512bf16` and `avx2` do too, with float32.
+_SLOW = {"avx512", "avx512vnni", "avxvnni"}
 
 
 @pytest.fixture(

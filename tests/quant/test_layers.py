@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from keye.ops import registry
 from keye.ops.elementwise import swiglu
 from keye.ops.quantized import QuantFormat, QuantTensor
-from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
+from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear, pack_weights
 
 INT4, FP8 = QuantFormat("int4", 32), QuantFormat("fp8")
 
@@ -65,3 +66,50 @@ def test_a_plain_layer_is_replaced_on_the_meta_device() -> None:
     assert layer.weight.device.type == "meta" and layer.bias is plain.bias
     layer = layer.to_empty(device="cpu")
     assert layer.weight.codes.shape == (8, 32) and layer.weight.device.type == "cpu"
+
+
+@pytest.fixture
+def core() -> None:
+    if registry.pack_weight(random_weight(8, 64).tensor) is None:
+        pytest.skip("no compiled core here")
+
+
+@pytest.mark.usefixtures("core")
+def test_packed_layers_keep_their_state_and_compute_the_same() -> None:
+    linear = QuantLinear(random_weight(40, 96), nn.Parameter(torch.randn(40)))
+    experts = QuantExperts(random_weight(3, 128, 96), random_weight(3, 96, 64))
+    model = nn.ModuleDict({"linear": linear, "experts": experts, "table": QuantEmbedding(random_weight(9, 96))})
+    before: dict[str, Any] = copy.deepcopy(model.state_dict())
+    x, sizes = torch.randn(5, 96), [2, 0, 3]
+    with torch.no_grad():
+        plain = linear(x), experts(x, sizes)
+        pack_weights(model)
+        assert linear.weight.packed is not None and model["table"].weight.packed is None
+        for ours, wanted in zip((linear(x), experts(x, sizes)), plain, strict=True):
+            assert (ours - wanted).norm() < 0.02 * wanted.norm()
+    after = model.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    x.requires_grad_()
+    linear(x).sum().backward()
+    assert x.grad is not None
+    assert model.to("meta")["linear"].weight.device.type == "meta"
+
+
+@pytest.mark.usefixtures("core")
+def test_a_packed_weight_takes_another_state() -> None:
+    layer, other = QuantLinear(random_weight(40, 96)), QuantLinear(random_weight(40, 96))
+    layer.weight.pack()
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.weight.tensor.codes, other.weight.tensor.codes)
+
+
+@pytest.mark.usefixtures("core")
+def test_experts_of_tokens_are_mixed_when_packed() -> None:
+    experts = QuantExperts(random_weight(4, 128, 96), random_weight(4, 96, 64))
+    x, weights, chosen = torch.randn(3, 96), torch.ones(3, 1), torch.tensor([[1], [0], [3]])
+    assert experts.mix(x, weights, chosen) is None
+    order = [1, 0, 2]
+    wanted = experts(x[order], [1, 1, 0, 1])[order]
+    pack_weights(experts)
+    mixed = experts.mix(x, weights, chosen)
+    assert mixed is not None and (mixed - wanted).norm() < 0.02 * wanted.norm()

@@ -31,7 +31,7 @@ from keye.models.quant_fill import (
 )  # fmt: skip
 from keye.models.vision import VisionTower
 from keye.ops.quantized import QuantTensor
-from keye.quant.layers import QuantExperts, QuantLinear
+from keye.quant.layers import QuantExperts, QuantLinear, pack_weights
 from keye.quant.policy import Policy, make_policy
 from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, per_expert_modules
 from keye.weights.open import open_weights
@@ -91,6 +91,7 @@ def load_model(
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
     fill(model, plan, tensors)
+    pack_weights(model)
     model.origin = Path(folder) if any(CARRIED.search(name) for name in report.ignored) else None
     return model.eval(), report
 
@@ -174,6 +175,7 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
             raise WeightsError(f"{name} holds NaN or infinite numbers, which cannot be quantised")
     with torch.no_grad():
         fill(model, [places[name] for name in used], {name: MemoryTensor(tensor) for name, tensor in used.items()})
+    pack_weights(model)
     model.weights_version += 1
     return model.weights_version
 
@@ -252,9 +254,13 @@ def plan_model(
 def fill(model: nn.Module, plan: Collection[Fill], tensors: Mapping[str, TensorSource]) -> None:
     """Reads every planned tensor into its place, in the order in which the files hold them."""
     places: dict[str, Tensor | QuantTensor] = dict(plain_state(model))
-    places |= {name: weight.tensor for name, weight in quantized_weights(model).items()}
-    for tensor in model.state_dict().values():
-        ask_for_huge_pages(tensor)
+    own = {step.own for step in plan}
+    for name, weight in quantized_weights(model).items():
+        if name in own:
+            weight.unpack()
+            places[name] = weight.tensor
+    for place in places.values():
+        ask_for_huge_pages(place.codes if isinstance(place, QuantTensor) else place)
     order = sorted(plan, key=lambda step: tensors[step.name].place)
     copy_all(work for step in order for work in step.work(tensors[step.name], places[step.own]))
 

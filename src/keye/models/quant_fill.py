@@ -115,8 +115,11 @@ def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model without its quantised weights."""
-    weights = {name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedWeight)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in weights}
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, QuantizedWeight):  # whose state may have to be unpacked
+            module._save_to_state_dict(state, name + "." if name else "", keep_vars=False)
+    return state
 
 
 def plain_fills(own: str, shape: tuple[int, ...], per_expert: Collection[str]) -> Iterator[Fill]:

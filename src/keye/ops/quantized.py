@@ -9,7 +9,7 @@ Legend: N rows of activations, M outputs, K inputs, G groups of inputs, E expert
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -175,6 +175,24 @@ class QuantTensor:
             return scales
         assert form.group is not None
         return scales.repeat_interleave(form.group, -1)[..., :K]
+
+
+class PackedWeight(Protocol):
+    """A matrix [M, K], or one for each expert [E, M, K], as a fast kernel reads it. Its products round activations to
+    int8 and equal `integer_matmul` up to rounding of the sums; they have no backward pass."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that it takes."""
+
+    def unpack(self) -> QuantTensor:
+        """The weight, bit for bit."""
+
+    def matmul(self, x_NK: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x @ weight.T (+ `bias` [M]) -> [N, M] in the dtype of `x`."""
+
+    def grouped_matmul(self, x_NK: Tensor, sizes: list[int]) -> Tensor:
+        """The same for rows that are sorted by expert, `sizes` of each -> [N, M]."""
 
 
 def pack_int4(halves: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from keye.config import kernel_config
 from keye.errors import KeyeError
 from keye.ops.backend import REFERENCE, Backend, Selected, Stretch
 from keye.ops.cpu import gemv
+from keye.ops.cpu import quantized as packed
+from keye.ops.quantized import PackedWeight, QuantTensor
 
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
@@ -135,6 +137,22 @@ def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, dow
     compiled core; None where it does not take them. Weights of experts are as `keye.models.moe.Experts` has them."""
     if gemv.takes_experts(x, chosen, gate_up, down) and (library := _find_library(x)) is not None:
         return gemv.mix_experts(library, x, weights, chosen, gate_up, down)
+    return None
+
+
+def pack_weight(weight: QuantTensor) -> PackedWeight | None:
+    """A quantised weight as the fast kernels of its device read it, which takes as much memory again; None where there
+    are none for its format. The compiled core is built where it was not."""
+    library = _find_library(weight.codes) if packed.takes(weight.format) else None
+    return None if library is None else packed.CpuPacked.of(library, weight)
+
+
+def mix_packed_experts(
+    x: Tensor, weights: Tensor, chosen: Tensor, gate_up: PackedWeight | None, down: PackedWeight | None
+) -> Tensor | None:
+    """As `mix_experts` for packed weights [E, 2I, d] and [E, d, I], of any number of tokens."""
+    if isinstance(gate_up, packed.CpuPacked) and isinstance(down, packed.CpuPacked):
+        return packed.mix_experts(gate_up, down, x, weights, chosen)
     return None
 
 

@@ -8,13 +8,14 @@ Legend: E experts, M outputs, K inputs, d model width, I expert width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from keye.ops import quantized
+from keye.ops import quantized, registry
 from keye.ops.elementwise import PLAIN, Elementwise
-from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 
 
 class QuantizedWeight(nn.Module):
@@ -22,12 +23,14 @@ class QuantizedWeight(nn.Module):
     `weight.scales` and, where the format has them, `weight.minima`.
 
     `shape` is that of the matrix, `dtype` that of the activations beside it, which `.to(dtype)` changes; codes and
-    scales keep theirs.
+    scales keep theirs. A weight that fast kernels read is `packed`: it then has no codes and scales of its own, and
+    makes them again for a state and for another device.
     """
 
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor | None
+    scales: Tensor | None
     minima: Tensor | None
+    packed: PackedWeight | None = None
 
     def __init__(
         self, form: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None
@@ -48,12 +51,28 @@ class QuantizedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return torch.device("cpu") if self.codes is None else self.codes.device
 
     @property
     def tensor(self) -> QuantTensor:
-        """Codes and scales, not copied."""
+        """Codes and scales: not copied, or unpacked."""
+        if self.packed is not None:
+            return self.packed.unpack()
+        assert self.codes is not None and self.scales is not None
         return QuantTensor(self.format, self.shape, self.codes, self.scales, self.minima)
+
+    def pack(self) -> None:
+        """Has fast kernels read the weight from now on, where there are any for it; takes as much memory again while it
+        works."""
+        if self.packed is None and (packed := registry.pack_weight(self.tensor)) is not None:
+            self.packed = packed
+            self.codes = self.scales = self.minima = None
+
+    def unpack(self) -> None:
+        """Undoes `pack`."""
+        if self.packed is not None:
+            tensor, self.packed = self.packed.unpack(), None
+            self.codes, self.scales, self.minima = tensor.codes, tensor.scales, tensor.minima
 
     def numel(self) -> int:
         """Numbers of the matrix."""
@@ -64,12 +83,34 @@ class QuantizedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedWeight:
         """Moves between devices, and changes no bit: `nn.Module` would convert scales, and codes of fp8."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.dtype = like.dtype
+        if like.device != self.device:
+            self.unpack()
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
                 self._buffers[name] = moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            tensor = self.packed.unpack()
+            parts = ("codes", tensor.codes), ("scales", tensor.scales), ("minima", tensor.minima)
+            destination.update({prefix + name: part for name, part in parts if part is not None})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Packs the quantised matrices of a model one by one; those that rows are looked up in stay as they are."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, QuantEmbedding)}
+    for module in model.modules():
+        if isinstance(module, QuantizedWeight) and id(module) not in tables:
+            module.pack()
 
 
 class QuantLinear(nn.Module):
@@ -91,7 +132,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., M]."""
-        y = quantized.matmul(x.reshape(-1, x.shape[-1]), self.weight.tensor).view(*x.shape[:-1], self.out_features)
+        rows, packed = x.reshape(-1, x.shape[-1]), self.weight.packed
+        if packed is not None and not x.requires_grad:
+            return packed.matmul(rows, self.bias).view(*x.shape[:-1], self.out_features)
+        y = quantized.matmul(rows, self.weight.tensor).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -116,6 +160,7 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """int64 [...] -> [..., d] in the dtype of the activations."""
         weight, flat = self.weight, ids.reshape(-1)
+        assert weight.codes is not None and weight.scales is not None, "tables are not packed"
         minima = None if weight.minima is None else weight.minima[flat]
         shape = (len(flat), self.embedding_dim)
         rows = QuantTensor(weight.format, shape, weight.codes[flat], weight.scales[flat], minima)
@@ -140,6 +185,13 @@ class QuantExperts(nn.Module):
         shapes = (experts, 2 * inner, dim), (experts, dim, inner)
         return cls(*(QuantizedWeight(form, shape, dtype, device) for shape in shapes))
 
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
+        """Tokens `x` [T, d] through their `chosen` experts int64 [T, K], summed with `weights` float32 [T, K], in one
+        call; None where no kernel does so."""
+        if x.requires_grad:
+            return None
+        return registry.mix_packed_experts(x, weights, chosen, self.gate_up_proj.packed, self.down_proj.packed)
+
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
         return self.project_down(self.elementwise.swiglu(self.project_up(x, sizes)), sizes)
@@ -151,8 +203,14 @@ class QuantExperts(nn.Module):
 
     def project_up(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The first of the two products alone: [rows, d] -> [rows, 2I]."""
-        return quantized.grouped_matmul(x, self.gate_up_proj.tensor, sizes)
+        return _multiply(x, self.gate_up_proj, sizes)
 
     def project_down(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The second one: [rows, I] -> [rows, d]."""
-        return quantized.grouped_matmul(x, self.down_proj.tensor, sizes)
+        return _multiply(x, self.down_proj, sizes)
+
+
+def _multiply(x: Tensor, weight: QuantizedWeight, sizes: list[int]) -> Tensor:
+    if weight.packed is not None and not x.requires_grad:
+        return weight.packed.grouped_matmul(x, sizes)
+    return quantized.grouped_matmul(x, weight.tensor, sizes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.cpu import build as cpu_build
+from keye.ops.cpu import quantized
 from keye.ops.cpu.build import Status
 from keye.ops.kv_blocks import RowFormat
 
@@ -211,6 +212,7 @@ def load(library: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
     for name in ("keye_linear", "keye_mix_experts"):
         getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
+    quantized.declare(core)
     core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None
     return core
 

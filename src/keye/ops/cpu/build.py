@@ -26,12 +26,14 @@ from keye.config import kernel_config
 from keye.errors import KeyeError
 
 NATIVE: Final = Path(__file__).parents[1] / "native"
+SOURCES: Final = ("keye.cpp", "quant.cpp")
 _COMMON = (
     "-O3 -std=c++17 -shared -fPIC -pthread -fno-strict-aliasing -fno-math-errno -fvisibility-inlines-hidden"
 ).split()
 _AVX2 = "-mavx2 -mfma -mf16c -mpopcnt".split()
 _AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512 -DKEYE_AVX512".split()]
-_BF16 = [*_AVX512, "-mavx512bf16", "-DKEYE_BF16"]
+_VNNI = ["-mavx512vnni", "-DKEYE_VNNI"]
+_BF16 = [*_AVX512, *_VNNI, "-mavx512bf16", "-DKEYE_BF16"]
 #: Seconds that the compiler and the trial of a library may take.
 _BUILD_LIMIT, _TRIAL_LIMIT = 300, 300
 
@@ -47,12 +49,15 @@ class Variant:
 
 _NEEDS_AVX2 = frozenset("avx2 fma f16c popcnt".split())
 _NEEDS_AVX512 = _NEEDS_AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl".split())
-_NEEDS_BF16 = _NEEDS_AVX512 | {"avx512_bf16"}
+_NEEDS_VNNI = _NEEDS_AVX512 | {"avx512_vnni"}
+_NEEDS_BF16 = _NEEDS_VNNI | {"avx512_bf16"}
 #: Best first.
 VARIANTS: Final = (
     Variant("amx", _NEEDS_BF16 | {"amx_tile", "amx_bf16"}, (*_BF16, "-DKEYE_AMX")),
     Variant("avx512bf16", _NEEDS_BF16, tuple(_BF16)),
+    Variant("avx512vnni", _NEEDS_VNNI, (*_AVX512, *_VNNI)),
     Variant("avx512", _NEEDS_AVX512, tuple(_AVX512)),
+    Variant("avxvnni", _NEEDS_AVX2 | {"avx_vnni"}, (*_AVX2, "-mavxvnni", "-DKEYE_VNNI")),
     Variant("avx2", _NEEDS_AVX2, tuple(_AVX2)),
 )
 #: The code of `amx` with its instructions in plain C: slow, for tests on other processors. Only used when named.
@@ -182,8 +187,8 @@ def _build_and_try(library: Path, command: list[str], variant: Variant) -> str:
 
 def _compile(library: Path, command: list[str], variant: Variant) -> str | None:
     """None, or why the compiler failed."""
-    name, source = f'-DKEYE_VARIANT="{variant.name}"', str(NATIVE / "keye.cpp")
-    full = [*command, *_COMMON, *variant.flags, name, "-o", str(library), source]
+    name, sources = f'-DKEYE_VARIANT="{variant.name}"', [str(NATIVE / source) for source in SOURCES]
+    full = [*command, *_COMMON, *variant.flags, name, "-o", str(library), *sources]
     try:
         done = subprocess.run(full, capture_output=True, text=True, timeout=_BUILD_LIMIT, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -15,6 +15,7 @@ from keye.ops import elementwise, scales
 from keye.ops.backend import REFERENCE, Stretch
 from keye.ops.cpu import gemv
 from keye.ops.cpu.backend import CpuBackend
+from keye.ops.cpu.quantized_trial import check_quantized
 from keye.ops.cpu.scales import ScaleLibrary
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 
@@ -125,13 +126,16 @@ def _compare(ours: Tensor, wanted: Tensor, what: str) -> None:
     assert difference <= TOLERANCE[torch.bfloat16], f"{what} differs from the reference by {difference:.2g}"
 
 
-def main(library: str) -> None:
+def main(path: str) -> None:
     """Tries a library; an exception or a signal is the verdict against it."""
     torch.set_num_threads(1)
-    check_scales(ScaleLibrary(Path(library)))
-    backend = CpuBackend(Path(library))
+    check_scales(ScaleLibrary(Path(path)))
+    backend = CpuBackend(Path(path))
     kinds: tuple[RowKind | None, ...] = (None, "int8", "int4")
     for dtype in TOLERANCE:
         for kind in kinds:
             check(backend, dtype, kind)
     check_few_rows(backend)
+    library = backend.library()
+    assert library is not None
+    check_quantized(library)

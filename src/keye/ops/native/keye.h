@@ -65,6 +65,44 @@ struct KeyeExperts {
     int64_t gate_up_bytes, down_bytes, experts, tokens, top_k, width, inner, threads;
 };
 
+// Weights of `matrices` matrices [outputs, inner], packed by keye_quant_pack (see quant.h). `bits` 4 or 8; `step` 32 or 64
+// columns share a scale in memory; scale_kind is that of scales and minima.
+struct KeyeQuant {
+    const void *data;
+    int64_t matrices, outputs, inner;
+    int32_t bits, step, has_minimum, scale_kind;
+};
+
+// The same in the layout of files: codes uint8 [matrices, outputs, ceil(inner / 2)] or int8 [matrices, outputs, inner],
+// scales and minima [matrices, outputs, groups] of `group` columns each, in the packed weights' scale_kind. Packing reads
+// them, unpacking writes them.
+struct KeyeQuantSource {
+    void *codes, *scales, *minima;
+    int64_t group, groups, threads;
+};
+
+// x [rows, inner] and out [rows, outputs] of one dtype. With `sizes` [matrices] the rows are sorted by matrix; without,
+// all belong to the first. bias [outputs] or null.
+struct KeyeQuantRows {
+    const void *x;
+    void *out;
+    const float *bias;
+    const int64_t *sizes;
+    int64_t rows;
+    int32_t dtype, threads;
+};
+
+// Routed experts: x and out [tokens, width] of one dtype; chosen [tokens, top_k] are matrices, weights those of the sum.
+// gate_up has the gate in the first half of its outputs, which must be a multiple of 32; its half is what down reads.
+struct KeyeQuantExperts {
+    const void *x;
+    void *out;
+    const int64_t *chosen;
+    const float *weights;
+    int64_t tokens;
+    int32_t top_k, dtype, threads;
+};
+
 // All return 0, or 1 when memory ran out.
 int keye_linear(const KeyeLinear *call);
 int keye_mix_experts(const KeyeExperts *call);
@@ -77,5 +115,11 @@ int keye_search_scales(const float *x, int64_t count, int32_t n, float low, floa
 void keye_encode(const float *x, int64_t count, int32_t n, float low, float high, const float *scales,
                  const float *minima, uint8_t *codes);
 void keye_timers(KeyeTimers *timers);
+int keye_quant_pack(const KeyeQuant *weights, const KeyeQuantSource *from);
+int keye_quant_unpack(const KeyeQuant *weights, const KeyeQuantSource *to);
+int keye_quant_matmul(const KeyeQuant *weights, const KeyeQuantRows *call);
+int keye_quant_experts(const KeyeQuant *gate_up, const KeyeQuant *down, const KeyeQuantExperts *call);
+// Bytes of packed weights; `data` is not read.
+int64_t keye_quant_bytes(const KeyeQuant *weights);
 const char *keye_variant();
 }

@@ -1,0 +1,104 @@
+// Products of quantised weights with rounded activations: one pair of 16 outputs against any number of rows.
+#pragma once
+#include "quant.h"
+
+namespace keye {
+
+constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
+
+// ROWS rows against one pair: sums [ROWS][32]. `fetch` reads ahead, which pays where the weights come from memory.
+template <int BITS, int ROWS>
+inline void product_tile(const Layout &layout, const char *block, const Group *const *rows, bool fetch, float *out) {
+    constexpr int COLUMNS = BITS == 4 ? 8 : 4;  // of a line
+    const int halves = layout.step / 32, shift = layout.offset();
+    F16 total[ROWS][2];
+    for (int r = 0; r < ROWS; r++) total[r][0] = total[r][1] = fzero();
+    const Group *group[ROWS];
+    for (int r = 0; r < ROWS; r++) group[r] = rows[r];
+    for (int64_t s = 0; s < layout.steps; s++, block += layout.block_bytes) {
+        const int part = halves == 2 ? 0 : (int)(s & 1);
+        if (fetch)
+            for (int at = 0; at < layout.block_bytes; at += 64) __builtin_prefetch(block + AHEAD + at);
+        I16 sums[ROWS][2];
+        for (int r = 0; r < ROWS; r++) {
+            const int32_t minus = halves == 2 ? group[r]->minus_sum : group[r]->minus_half[part];
+            sums[r][0] = sums[r][1] = iset1(minus * shift);
+        }
+        const char *line = block;
+        for (int half = 0; half < halves; half++) {
+            const int first = 32 * (part + half);
+            Stage<BITS> stage[ROWS][2];
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < 2; c++) stage[r][c].begin(sums[r][c]);
+#pragma GCC unroll 8
+            for (int k = 0; k < 32; k += COLUMNS, line += 128) {
+                Line a = lload(line), b = lload(line + 64);
+                Line low_a = a, low_b = b;
+                if (BITS == 4) low_a = llow(a), low_b = llow(b);
+                for (int r = 0; r < ROWS; r++) {
+                    int32_t x;
+                    std::memcpy(&x, group[r]->codes + first + k, 4);
+                    stage[r][0].add(low_a, iset1(x));
+                    stage[r][1].add(low_b, iset1(x));
+                }
+                if (BITS == 4) {
+                    a = lhigh(a), b = lhigh(b);
+                    for (int r = 0; r < ROWS; r++) {
+                        int32_t x;
+                        std::memcpy(&x, group[r]->codes + first + k + 4, 4);
+                        stage[r][0].add(a, iset1(x));
+                        stage[r][1].add(b, iset1(x));
+                    }
+                }
+            }
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < 2; c++) sums[r][c] = stage[r][c].end(sums[r][c]);
+        }
+        const char *scales = block + layout.code_bytes;
+        for (int c = 0; c < 2; c++) {
+            const F16 scale = load_scales(layout.scale_kind, scales + 16 * c * layout.scale_bytes);
+            for (int r = 0; r < ROWS; r++)
+                total[r][c] = fmadd(ffrom_int(sums[r][c]), fmul(scale, fset1(group[r]->scale)), total[r][c]);
+        }
+        if (layout.has_minimum) {
+            const char *minima = scales + PAIR_OUTPUTS * layout.scale_bytes;
+            for (int r = 0; r < ROWS; r++) {
+                const int32_t minus = halves == 2 ? group[r]->minus_sum : group[r]->minus_half[part];
+                const F16 sum = fset1(-(float)minus * group[r]->scale);
+                for (int c = 0; c < 2; c++)
+                    total[r][c] = fmadd(load_scales(layout.scale_kind, minima + 16 * c * layout.scale_bytes), sum, total[r][c]);
+            }
+        }
+        if (halves == 2 || part)
+            for (int r = 0; r < ROWS; r++) group[r]++;
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < 2; c++) fstore(out + PAIR_OUTPUTS * r + 16 * c, total[r][c]);
+}
+
+template <int BITS, int ROWS = TILE_ROWS>
+inline void product_rows(const Layout &layout, const char *block, const Group *const *rows, int count, bool fetch, float *out) {
+    if constexpr (ROWS > 1) {
+        if (count < ROWS) {
+            product_rows<BITS, ROWS - 1>(layout, block, rows, count, fetch, out);
+            return;
+        }
+    }
+    product_tile<BITS, ROWS>(layout, block, rows, fetch, out);
+}
+
+// All rows against one pair. `sink(first, count, sums)` takes the sums [count][32] of some rows.
+template <class Sink>
+inline void product_pair(const Layout &layout, const char *block, const Group *const *rows, int64_t count, Sink sink) {
+    alignas(64) float out[TILE_ROWS * PAIR_OUTPUTS];
+    const int64_t tiles = divide_up(count, TILE_ROWS);
+    for (int64_t t = 0, at = 0; t < tiles; t++) {
+        const int some = (int)((count - at + tiles - t - 1) / (tiles - t));  // as even as possible
+        if (layout.bits == 4) product_rows<4>(layout, block, rows + at, some, t == 0, out);
+        else product_rows<8>(layout, block, rows + at, some, t == 0, out);
+        sink(at, some, out);
+        at += some;
+    }
+}
+
+}  // namespace keye
