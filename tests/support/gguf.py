@@ -10,6 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from keye.config import read_json
+from keye.releases import releases_by_architecture
+from keye.weights.gguf.metadata import FILE_KEY, FILES, text_metadata, vision_metadata
+from keye.weights.gguf.names import Sizes, take_part, write_recipe
+from keye.weights.gguf.tokens import token_metadata
+from keye.weights.names import VISION
+from keye.weights.safetensors import open_checkpoint
+
 ALIGNMENT = 32
 U32, I32, F32, BOOL, TEXT, ARRAY, U64 = 4, 5, 6, 7, 8, 9, 10
 
@@ -81,3 +89,63 @@ def plain(name: str, array: Any) -> Entry:
     """A float32 tensor."""
     array = np.asarray(array, "<f4")
     return Entry(name, array.shape, array.tobytes())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def encode_numbers(array: np.ndarray, kind: str) -> bytes:
+    """Numbers in a type of ggml; in Q8_0 rounded to the nearest code."""
+    if kind == "F32":
+        return array.astype("<f4").tobytes()
+    if kind == "F16":
+        return array.astype("<f2").tobytes()
+    blocks = array.astype("<f4").reshape(-1, 32)
+    scales = (np.abs(blocks).max(-1, keepdims=True) / 127).astype("<f2")
+    divisors = np.where(scales == 0, 1, scales).astype("<f4")
+    codes = np.rint(blocks / divisors).clip(-127, 127).astype("i1")
+    return np.concatenate([scales.view("u1"), codes.view("u1")], -1).tobytes()
+
+
+_KINDS = {"F32": 0, "F16": 1, "Q8_0": 8}
+
+
+def model_entries(tensors: Mapping[str, Any], sizes: Sizes, kind: str) -> list[Entry]:
+    """The tensors of a model as a file in `kind` has them: vectors and routers in float32."""
+    entries = []
+    for name, tensor in tensors.items():
+        recipe = write_recipe(name, tuple(tensor.shape), sizes)
+        assert recipe is not None, name
+        for part in recipe.parts:
+            array = take_part(recipe, part, tensor).float().numpy()
+            is_matrix = array.ndim > 1 and "gate_inp" not in part.tensor and "position" not in part.tensor
+            own = kind if is_matrix and (kind != "Q8_0" or array.shape[-1] % 32 == 0) else "F32"
+            entries.append(Entry(part.tensor, array.shape, encode_numbers(array, own), _KINDS[own]))
+    return entries
+
+
+def write_model(
+    folder: Path, out: Path, *, kind: str = "F16", architecture: str = "keye-vl2", **changes: Any
+) -> tuple[Path, Path]:
+    """A checkpoint folder as a GGUF file and its vision part in `out`: their paths. `changes` replace metadata; None
+    leaves a key out."""
+    raw = read_json(folder / "config.json")
+    release = releases_by_architecture()[raw["architectures"][0]]
+    sparse = raw.get("sa_config") or {}
+    sizes = Sizes(sparse.get("indexer_num_heads", 0), sparse.get("indexer_head_dim", 0))
+    tensors = {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
+    vision = {name: tensors.pop(name) for name in list(tensors) if name.startswith(VISION)}
+    metadata = {
+        "general.architecture": architecture, "general.type": "model", **text_metadata(raw, architecture),
+        **token_metadata(read_json(folder / "tokenizer.json"), raw["vocab_size"]),
+        "tokenizer.ggml.eos_token_id": raw["eos_token_id"], "tokenizer.ggml.padding_token_id": raw["pad_token_id"],
+        **{FILE_KEY + name: (folder / name).read_text() for name in FILES if (folder / name).exists()}, **changes,
+    }  # fmt: skip
+    model = Draft({k: v for k, v in metadata.items() if v is not None}, model_entries(tensors, sizes, kind))
+    preprocessor = read_json(folder / "preprocessor_config.json")
+    part = Draft(
+        {"general.architecture": "clip", "general.type": "mmproj", **vision_metadata(raw, preprocessor, release)},
+        model_entries(vision, sizes, kind),
+    )  # fmt: skip
+    return model.write(out / "model.gguf"), part.write(out / "mmproj-model.gguf")

@@ -179,7 +179,9 @@ def _predict(media: Sequence[Medium], arguments: Mapping[str, Any]) -> dict[str,
     for medium in media:
         if isinstance(medium.source, Source) and is_index(medium.source):
             raise KeyeError(f"{medium.source.name} is an index, computed already: leave --estimate out")
-    prediction = predict_question(media, inputs.find_model(arguments["model"], weights=False), arguments)
+    prediction = predict_question(
+        media, inputs.find_model(arguments["model"], arguments["mmproj"], weights=False), arguments
+    )
     if not arguments.get("as_json"):
         show.print_prediction(prediction)
     return prediction

@@ -160,7 +160,7 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
             arguments["ray"], engine_app, settings, count=arguments["workers"], slots=slots,
             allow_private=allow_private,
         )  # fmt: skip
-    inputs.find_model(named["model"])
+    inputs.find_model(named["model"], named["mmproj"])
     return [
         kinds.ProcessWorker(
             ("-m", MODULE), {**settings, **share}, slots=slots, allow_private=allow_private,

@@ -34,20 +34,22 @@ TEMPLATE_WORDS = {"tools": "tools", "thinking": "enable_thinking", "images": "im
 
 @click.command(context_settings=options.CONTEXT)
 @click.argument("model", metavar="MODEL", required=False)
+@options.mmproj
 @click.option("--machines", is_flag=True, help="Print which published model runs on which machine, as Markdown.")
 @options.as_json
 @options.debug
-def inspect(model: str | None, machines: bool, as_json: bool) -> None:
+def inspect(model: str | None, mmproj: Path | None, machines: bool, as_json: bool) -> None:
     """Show what a model is made of, what it costs in memory, and what fits in this machine; or what an index holds.
 
-    MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, or a folder with config.json. Weights are
-    neither needed nor fetched; where they are, their headers are read and compared. It may also be an index that keye
-    index or keye find wrote. With --machines, and no MODEL, common machines are compared by arithmetic on nominal
-    bandwidths.
+    MODEL is a name (nano, preview, 1.5, 2.0, 671b), a name on the hub, a folder with config.json, or a GGUF file.
+    Weights are neither needed nor fetched; where they are, their headers are read and compared. It may also be an index
+    that keye index or keye find wrote. With --machines, and no MODEL, common machines are compared by arithmetic on
+    nominal bandwidths.
 
     \b
     keye inspect nano
     keye inspect 2.0 --json
+    keye inspect Keye-VL-2.0-Q4_K_M.gguf
     keye inspect talk.keye
     keye inspect --machines
     """
@@ -75,14 +77,14 @@ def inspect(model: str | None, machines: bool, as_json: bool) -> None:
         show.print_json(header) if as_json else show.print_held(header)
         return
     with inputs.stderr().status("reading"):
-        result = description(model)
+        result = description(model, mmproj)
     if as_json:
         show.print_json(result)
     else:
         show_model.print_model(result)
 
 
-def description(model: str) -> dict[str, Any]:
+def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
     """Everything that `keye inspect --json` prints."""
     from keye.commands.shared.inputs import describing_folder
     from keye.config import read_json
@@ -91,7 +93,7 @@ def description(model: str) -> dict[str, Any]:
     from keye.planning.placement import ModelSizes
     from keye.process import memories
 
-    folder, packaged = describing_folder(model)
+    folder, packaged = describing_folder(model, mmproj)
     raw = read_json(folder / "config.json")
     model_outline = outline(raw)
     files, shapes, notes = weight_facts(folder, model_outline)
@@ -109,7 +111,7 @@ def description(model: str) -> dict[str, Any]:
     return {
         "model": model, "folder": None if packaged else str(folder), "architecture": model_outline.architecture,
         "release": model_outline.release.name, "text": model_outline.text,
-        "vision": asdict(model_outline.vision),
+        "vision": asdict(model_outline.vision) if model_outline.config.has_vision else None,
         "tokens_per_second": model_outline.config.tokens_per_second,
         "context": model_outline.context,
         "parameters": {
@@ -132,13 +134,20 @@ def description(model: str) -> dict[str, Any]:
 def weight_facts(
     folder: Path, model_outline: Outline
 ) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
-    """The safetensors files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
+    """The weight files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
     from keye.models.load import check_fit
-    from keye.weights.safetensors import open_checkpoint, weight_files
+    from keye.weights.gguf.folder import read_link
+    from keye.weights.gguf.source import GGUFTensor, open_gguf
+    from keye.weights.safetensors import StoredTensor, open_checkpoint, weight_files
 
+    tensors: Mapping[str, StoredTensor | GGUFTensor]
     try:
-        files = weight_files(folder)
-        tensors = open_checkpoint(folder) if files else {}
+        if (link := read_link(folder)) is not None:
+            tensors = open_gguf(*link)
+            files = list({Path(tensor.place[0]) for tensor in tensors.values()})
+        else:
+            files = weight_files(folder)
+            tensors = open_checkpoint(folder) if files else {}
     except KeyeError as error:
         return None, {}, [f"{error}."]
     if not tensors:

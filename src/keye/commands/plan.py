@@ -27,6 +27,7 @@ from keye.errors import KeyeError
 @options.attention
 @options.sampling_frames
 @options.model_name
+@options.mmproj
 @options.as_json
 @options.debug
 def plan(
@@ -61,7 +62,7 @@ def plan(
     for medium in media:
         if is_index(medium.source):  # type: ignore[arg-type]
             raise KeyeError(f"{medium.source.name} is an index, computed already: keye inspect shows it")  # type: ignore[attr-defined]
-    folder, _ = inputs.describing_folder(model)
+    folder, _ = inputs.describing_folder(model, arguments["mmproj"])
     config, model_config = load_processor_config(folder), load_model_config(folder)
     context = model_config.text.max_position_embeddings
     planned: list[Planned] = []

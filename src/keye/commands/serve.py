@@ -135,7 +135,7 @@ def serve_replicas(
     from keye.server.replicas.proxy import proxy_app
     from keye.server.run import run_app
 
-    inputs.find_model(context.params["model"])
+    inputs.find_model(context.params["model"], context.params["mmproj"])
     replicas: Sequence[Replica]
     if (address := context.params["ray"]) is not None:
         from keye.server.replicas.ray_serve import ray_replicas
@@ -153,8 +153,9 @@ def serve_replicas(
 
 
 #: Options that change nothing where vLLM computes.
-_OF_KEYE = ("replicas", "ray", "decode", "template", "library", "library_manage", "transcribe", "transcribe_model",
-            "device", "threads", "strict_limits", "adapter", "adapter_folder", *options.STORING_OPTIONS)  # fmt: skip
+_OF_KEYE = ("replicas", "ray", "decode", "mmproj", "template", "library", "library_manage", "transcribe",
+            "transcribe_model", "device", "threads", "strict_limits", "adapter", "adapter_folder",
+            *options.STORING_OPTIONS)  # fmt: skip
 
 
 def serve_vllm(

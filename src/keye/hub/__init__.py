@@ -64,7 +64,9 @@ def resolve(
     name = str(name_or_path)
     if not name.strip():
         raise KeyeError("The model's name is empty: give one of " + ", ".join(known_names()) + ", or a folder.")
-    if isinstance(name_or_path, str) and name.lower() in PACKAGED and mmproj is None:
+    if mmproj is not None and not (os.path.exists(os.path.expanduser(name)) and find_gguf(Path(name).expanduser())):
+        raise KeyeError("{} is for a model in a GGUF file, which {} is not; leave it out", Option("mmproj"), name)
+    if isinstance(name_or_path, str) and name.lower() in PACKAGED:
         return _check_folder(asset(PACKAGED[name.lower()]), weights)
     path = Path(os.path.expanduser(name))
     repository, _, tag = name.partition("@")
@@ -76,8 +78,6 @@ def resolve(
                 from keye.weights.gguf.folder import small_files
 
                 return small_files(model, None if mmproj is None else Path(mmproj).expanduser())
-            if mmproj is not None:
-                raise KeyeError("{} is for a model in a GGUF file, {} is none; leave it out", Option("mmproj"), path)
             return _check_folder(path, weights)
         if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
             raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")

@@ -86,7 +86,8 @@ def outline(raw: Mapping[str, Any]) -> Outline:
         shapes = {n: tuple(t.shape) for n, t in KeyeModel(config).state_dict().items()}
     if text.tie_word_embeddings:
         del shapes["lm_head.weight"]
-    shapes[PACKING_TABLE] = (PACKING_ROWS, vision.hidden_size)
+    if config.has_vision:
+        shapes[PACKING_TABLE] = (PACKING_ROWS, vision.hidden_size)
     experts = (text.num_experts_per_tok, text.num_experts) if text.num_experts else None
     return Outline(
         config.architecture, config.release, shapes, vision, asdict(text), text.max_position_embeddings,

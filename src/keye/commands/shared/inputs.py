@@ -117,15 +117,16 @@ def silence_scope(options: Mapping[str, Any]) -> None:
         warnings.simplefilter("ignore", ScopeWarning)
 
 
-def find_model(name: str, *, weights: bool = True) -> Path:
-    """The folder of a model, fetched under a progress bar if need be; without `weights` only its small files."""
+def find_model(name: str, mmproj: Path | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model, fetched under a progress bar if need be; without `weights` only its small files. `mmproj`
+    is the vision part of one in a GGUF file."""
     from keye.hub import resolve
 
     with download_bar(name) as progress:
-        return resolve(name, weights=weights, progress=progress)
+        return resolve(name, weights=weights, progress=progress, mmproj=mmproj)
 
 
-def describing_folder(model: str) -> tuple[Path, bool]:
+def describing_folder(model: str, mmproj: Path | None = None) -> tuple[Path, bool]:
     """The folder that describes `model`, and whether it is keye's own copy of a published configuration, because the
     model is not on this machine. Only small files are fetched."""
     from huggingface_hub import try_to_load_from_cache
@@ -139,7 +140,7 @@ def describing_folder(model: str) -> tuple[Path, bool]:
             if isinstance(cached, str):
                 return Path(cached).parent, False
             return asset(f"configs/{short}"), True
-    return find_model(model, weights=False), False
+    return find_model(model, mmproj, weights=False), False
 
 
 def open_transcriber(options: Mapping[str, Any]) -> Transcriber | None:
@@ -190,8 +191,9 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
     """Loads the model of `options.running`; what its files hold unused or lack becomes one note."""
     from keye.config import load_model_config
 
-    load_model_config(find_model(options["model"], weights=False))  # weights that cannot be loaded are not downloaded
-    find_model(options["model"])
+    name, mmproj = options["model"], options.get("mmproj")
+    load_model_config(find_model(name, mmproj, weights=False))  # weights that cannot be loaded are not downloaded
+    find_model(name, mmproj)
     with stderr().status(f"loading {one_line(options['model'])}"):
         import torch
 
@@ -202,7 +204,7 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
         model = keye.load(
             options["model"], device=options["device"], dtype=options["dtype"], quant=options.get("quant"),
             **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
-            template=options.get("template") or "auto", decoder=decoder,
+            template=options.get("template") or "auto", decoder=decoder, mmproj=mmproj,
             **adapter_settings(options.get("adapter")),
         )  # fmt: skip
     if model.notes:

@@ -98,8 +98,11 @@ debug = click.option("--debug", is_flag=True, expose_value=False, help="Show the
 overwrite = click.option("--overwrite", is_flag=True, help="Replace existing files, also ones that keye did not write.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 model_name = click.option("--model", default="nano", show_default=True,
-                          help="A name (nano, 2.0), a name on the hub, or a folder.")  # fmt: skip
+                          help="A name (nano, 2.0), a name on the hub, a folder, or a GGUF file.")  # fmt: skip
+mmproj = click.option("--mmproj", type=PATH, metavar="FILE",
+                      help="Vision part of a model in a GGUF file.  [default: the mmproj*.gguf beside it]")  # fmt: skip
 running_device: Callable[[F], F] = combine(
+    mmproj,
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                  help="Number format of the weights.  [default: the checkpoint's]"),
@@ -242,10 +245,10 @@ def adapter_settings(value: str | Sequence[str] | None) -> dict[str, Any]:
 
 def engine_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `keye.load`, and `threads`, as plain data."""
-    names = ("model", "device", "dtype", "quant", "threads", "template", *STORING_OPTIONS)
-    settings = {name: arguments[name] for name in names if arguments[name] is not None}
-    model = Path(settings["model"])
-    if model.is_dir():
-        settings["model"] = str(model.absolute())  # other processes may have other working folders
+    names = ("model", "mmproj", "device", "dtype", "quant", "threads", "template", *STORING_OPTIONS)
+    settings = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    for name in ("model", "mmproj"):
+        if name in settings and (path := Path(settings[name])).exists():
+            settings[name] = str(path.absolute())  # other processes may have other working folders
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
     return {**plain, **adapter_settings(arguments.get("adapter"))}

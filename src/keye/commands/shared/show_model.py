@@ -66,9 +66,10 @@ def architecture_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     text, vision = result["text"], result["vision"]
     rows = [("release", result["release"])]
     rows += _latent_rows(text) if text["latent"] is not None else _decoder_rows(text)
+    rows += [("context", f"{result['context']:,} tokens"), ("vocabulary", f"{text['vocab_size']:,}")]
+    if vision is None:
+        return [*rows, ("vision tower", "none: the model answers text")]
     rows += [
-        ("context", f"{result['context']:,} tokens"),
-        ("vocabulary", f"{text['vocab_size']:,}"),
         ("vision tower", f"{vision['num_hidden_layers']} layers, width {vision['hidden_size']:,}, "
                          f"{vision['num_attention_heads']} heads; patches of {vision['patch_size']} pixels"),
         ("vision sees", "all frames of a video at once" if vision["whole_video_attention"] else "each frame by itself"),
