@@ -43,7 +43,13 @@ test: $(VENV)/.dev
 
 check: lint docs slow
 
-slow: $(VENV)/.dev
+# Packages that slow tests compare with; where they cannot be installed, those tests are skipped.
+VENV_ORACLES ?= .venv-oracles
+$(VENV_ORACLES)/.ready: tests/oracles.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV_ORACLES) --requirement tests/oracles.txt \
+	    && touch $@ || echo "PEFT and compressed-tensors could not be installed: nothing is compared with them"
+
+slow: $(VENV)/.dev $(VENV_ORACLES)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 lint: $(VENV)/.dev
@@ -150,5 +156,5 @@ test-peers: $(VENV)/.dev
 	$(BIN)/python -m pytest -n0 -m peer tests/peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients .venv-peers tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients .venv-peers $(VENV_ORACLES) tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
