@@ -149,6 +149,7 @@ VERBS = {
     "plan": ("keye.commands.plan:plan", "show which frames would be sampled and what they cost"),
     "batch": ("keye.commands.batch:batch", "answer the questions of a file, once each, by many workers"),
     "serve": ("keye.commands.serve:serve", "serve a model over HTTP, for OpenAI clients and the browser"),
+    "quantize": ("keye.commands.quantize:quantize", "write a model with weights of 4 or 8 bits"),
     "inspect": ("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "train": ("keye.commands.train:train", "train a model by the stages of a TOML file"),
     "eval": ("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),

@@ -130,7 +130,7 @@ def plain_fills(own: str, shape: tuple[int, ...], per_expert: Collection[str]) -
 
 
 def weight_fills(
-    own: str, weight: QuantizedWeight, tensors: Collection[str], per_expert: Collection[str],
+    own: str, weight: QuantTensor, tensors: Collection[str], per_expert: Collection[str],
     importance: Importance | None = None, observe: Callable[[str, Loss], object] | None = None,
 ) -> Iterator[Fill]:  # fmt: skip
     """What fills a quantised weight: its codes and scales where the files have them, else numbers, which are quantised.

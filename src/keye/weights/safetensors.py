@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -187,7 +187,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = {name: t.dtype if dtype is None or _CODES.search(name) else dtype for name, t in tensors.items()}
     sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
-    groups = _groups(sizes, shard_bytes)
+    groups = group_names(sizes, shard_bytes)
     single, count = len(groups) == 1, len(groups)
     names = [WEIGHTS_FILE if single else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     path = folder / (WEIGHTS_FILE if single else INDEX_FILE)
@@ -210,7 +210,55 @@ def write_checkpoint(
     return path
 
 
-def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+class ShardWriter:
+    """One safetensors file whose tensors are written one by one, in any order; a block that ends well completes it."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        self._path, header = path, dict[str, object]({"__metadata__": {"format": "pt"}})
+        names, end = {dtype: name for name, dtype in _DTYPES.items()}, 0
+        self._starts: dict[str, int] = {}
+        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -item[1][0].itemsize):  # all are aligned so
+            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            self._starts[name] = begin
+            header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._data = 8 + len(text)
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115
+        self._write(0, len(text).to_bytes(8, "little") + text)
+        os.ftruncate(self._file.fileno(), self._data + end)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Writes a tensor of the declared dtype and shape. `OSError` where the disk is full."""
+        self._write(self._data + self._starts[name], tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _write(self, start: int, data: bytes | memoryview) -> None:
+        self._file.seek(start)
+        view = memoryview(data)
+        while len(view):
+            view = view[self._file.write(view) :]
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            if kind is not None:
+                self._path.unlink(missing_ok=True)
+
+
+def write_index(folder: Path, shards: Mapping[str, Iterable[str]], total_size: int) -> None:
+    """Writes the index of shards: the names of the tensors of each file, and their bytes together."""
+    weight_map = dict(sorted((tensor, file) for file, tensors in shards.items() for tensor in tensors))
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def group_names(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Names in order, cut into groups of at most `limit` bytes; a larger tensor has a group of its own."""
     groups: list[list[str]] = [[]]
     total = 0
