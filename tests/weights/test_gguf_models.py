@@ -12,18 +12,21 @@ import numpy as np
 import openai
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import keye
-from keye.config import load_model_config, read_json
+from keye.config import load_model_config, model_config_from_dict, read_json
 from keye.errors import KeyeError
 from keye.hub import asset, resolve
-from keye.models.load import load_model, save_model
+from keye.models.keye import KeyeModel
+from keye.models.load import load_model, load_tensors, save_model
 from keye.server.settings import Settings
-from keye.weights.gguf.names import read_vision_recipes
+from keye.weights.gguf.metadata import text_metadata
+from keye.weights.gguf.names import Sizes, read_vision_recipes
 from keye.weights.gguf.reader import GGUF, read_gguf
 from keye.weights.gguf.source import open_gguf
 from keye.weights.gguf.tokens import read_tokenizer, token_metadata
-from tests.support.gguf import Draft, Entry, plain, write_model
+from tests.support.gguf import Draft, Entry, model_entries, plain, write_model
 from tests.support.serving import Running
 from tests.support.tiny import tiny_folder
 
@@ -316,3 +319,24 @@ def _picture(clip: Path) -> bytes:
     path = clip.with_suffix(".png")
     frame.save(path)
     return path.read_bytes()
+
+
+def test_the_decoder_of_the_671b_model_is_read(tmp_path: Path) -> None:
+    """Keys and values apart and transposed as llama.cpp stores them, stacked experts, sigmoid routing, yarn."""
+    case = Path(__file__).parents[1] / "golden" / "latent" / "case-01"
+    raw = {**read_json(case.with_suffix(".json"))["config"], "vision_config": None}
+    weights = {name[2:]: t for name, t in load_file(case.with_suffix(".safetensors")).items() if name.startswith("w.")}
+    config = model_config_from_dict(raw)
+    want = KeyeModel(config)
+    load_tensors(want, weights)
+    sizes = Sizes(0, 0, raw["num_attention_heads"], raw["qk_nope_head_dim"], raw["v_head_dim"])
+    entries = model_entries(want.state_dict(), sizes, "F32")
+    assert {f"blk.1.attn_{part}_b.weight" for part in "kv"} < {entry.name for entry in entries}
+    metadata = {"general.architecture": "deepseek2", **text_metadata(raw, "deepseek2")}
+    link = resolve(Draft(metadata, entries).write(tmp_path / "a.gguf"))
+    read = load_model_config(link)
+    assert read.text == config.text
+    model, report = load_model(link, read, dtype=torch.float32)
+    assert not report.unused
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, want.state_dict()[name]), name

@@ -93,12 +93,12 @@ def text_metadata(raw: Mapping[str, Any], architecture: str) -> dict[str, Value]
             "attention.value_length": raw["kv_lora_rank"], "attention.key_length_mla": size, "expert_gating_func": 2,
             "expert_weights_norm": bool(raw.get("norm_topk_prob", True)),
         }  # fmt: skip
-        values |= _yarn_metadata(raw.get("rope_scaling") or {})
+        scaling = raw.get("rope_scaling") or {}
+        values |= {**_yarn_metadata(scaling), "rope.dimension_sections": _sections(scaling)}
     else:
         size = raw.get("head_dim") or raw["hidden_size"] // heads
         values |= {"attention.key_length": size, "attention.value_length": size}
-        section = (raw.get("rope_scaling") or {}).get("mrope_section")
-        values["rope.dimension_sections"] = None if section is None else np.array([*section, 0], "<i4")
+        values["rope.dimension_sections"] = _sections(raw.get("rope_scaling") or {})
         if architecture == KEYE2:
             values |= {key: (raw.get("sa_config") or {}).get(field) for key, field in _SPARSE_KEYS.items()}
         if not raw.get("num_experts"):
@@ -111,9 +111,16 @@ def text_metadata(raw: Mapping[str, Any], architecture: str) -> dict[str, Value]
     }
 
 
+def _sections(scaling: Mapping[str, Any]) -> Value | None:
+    section = scaling.get("mrope_section")
+    return None if section is None else np.array([*section, 0], "<i4")
+
+
 def _yarn_metadata(scaling: Mapping[str, Any]) -> dict[str, Any]:
     if scaling.get("type", scaling.get("rope_type")) != "yarn":
         return {}
+    if scaling.get("mscale", 0) != scaling.get("mscale_all_dim", 0):
+        raise GGUFError("rope_scaling has another mscale than mscale_all_dim, which GGUF has no place for")
     values = {key: scaling.get(field) for key, field in _YARN_KEYS.items()}
     multiplier = 0.1 * float(scaling.get("mscale_all_dim") or 0)
     return {**values, "rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": multiplier}
@@ -328,7 +335,11 @@ def _latent_head(values: _Values) -> tuple[int, int]:
 
 
 def _latent_config(values: _Values) -> dict[str, Any]:
-    config: dict[str, Any] = {field: values.number(key) for key, field in _LATENT_KEYS.items() if key in values}
+    config: dict[str, Any] = {
+        "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "n_shared_experts": 0,
+        "first_k_dense_replace": 0,
+    }  # fmt: skip
+    config |= {field: values.number(key) for key, field in _LATENT_KEYS.items() if key in values}
     head, value = _latent_head(values)
     metadata, prefix = values.file.metadata, values.architecture
     config |= {
@@ -337,20 +348,16 @@ def _latent_config(values: _Values) -> dict[str, Any]:
         "scoring_func": {1: "softmax", 2: "sigmoid"}.get(values.count("expert_gating_func", 2), "unknown"),
         "norm_topk_prob": bool(metadata.get(f"{prefix}.expert_weights_norm", True)),
     }  # fmt: skip
+    scaling: dict[str, Any] = {}
     if metadata.get(f"{prefix}.rope.scaling.type") == "yarn":
-        scaling = {field: values.number(key) for key, field in _YARN_KEYS.items() if key in values}
-        scale = (
-            values.number("rope.scaling.yarn_log_multiplier") * 10
-            if "rope.scaling.yarn_log_multiplier" in values
-            else 0
-        )
-        config["rope_scaling"] = {
-            "type": "yarn",
-            **scaling,
-            "mscale": _plain_number(scale),
-            "mscale_all_dim": _plain_number(scale),
-        }
-    return config
+        # llama.cpp keeps one number of DeepSeek's two, which are equal in its releases.
+        key = "rope.scaling.yarn_log_multiplier"
+        scale = _plain_number(round(values.number(key) * 10, 6)) if key in values else 0
+        scaling = {"type": "yarn", "mscale": scale, "mscale_all_dim": scale}
+        scaling |= {field: values.number(key) for key, field in _YARN_KEYS.items() if key in values}
+    if (sections := f"{prefix}.rope.dimension_sections") in metadata:
+        scaling["mrope_section"] = _plain(values.file, sections)[:3]
+    return {**config, "rope_scaling": scaling or None}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,16 +16,32 @@ from keye.weights.gguf.reader import GGUF, GGUFError
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 #: A whole `tokenizer.json`, for tokenizers that llama.cpp has no name for.
 JSON_KEY: Final = "tokenizer.huggingface.json"
-#: Names of the pre-tokenizer of Qwen2 and Qwen3 in llama.cpp.
-QWEN: Final = ("qwen2", "deepseek-r1-qwen")
+#: llama.cpp's name of the pre-tokenizer of Qwen2 and Qwen3, and of DeepSeek-V3's.
+QWEN, DEEPSEEK = "qwen2", "deepseek-v3"
 #: Control tokens that the official tokenizers do not drop from replies, since models write them as marks.
 _MARKS: Final = re.compile(
     r"<\|(object_ref|box|quad|point|ocr_text|clip_time|polygon|fast)_(start|end)\|>|<\|fim_(prefix|middle|suffix|pad)\|>|"
     r"<\|repo_name\|>|<\|file_sep\|>|<\|frame\|>|<\|fast_video_pad\|>|</?(think|tool_call|tool_response)>"
 )
-_PATTERN: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+#: What cuts texts into words, one pattern after another, and whether characters are composed (NFC) before.
+_PATTERNS: Final = {
+    QWEN: (
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+            r"\s+(?!\S)|\s+",
+        ),
+        True,
+    ),
+    DEEPSEEK: (
+        (
+            r"\p{N}{1,3}",
+            "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+            r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        False,
+    ),
+}
 _MAX_TEMPLATE: Final = 1 << 20
 
 
@@ -51,16 +67,16 @@ def read_tokenizer(file: GGUF, vocabulary: int) -> dict[str, Any] | None:
     kind, before = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre")
     if kind in (None, "none", "no_vocab"):
         return None
-    if kind != "gpt2" or before not in QWEN:
+    if kind != "gpt2" or before not in _PATTERNS:
         raise GGUFError(f"{file.path} has a tokenizer of the kind {str(kind)[:40]}/{str(before)[:40]}; keye reads "
-                        f"gpt2/{QWEN[0]} and {JSON_KEY}")  # fmt: skip
+                        f"gpt2/{QWEN}, gpt2/{DEEPSEEK} and {JSON_KEY}")  # fmt: skip
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     merges = file.metadata.get("tokenizer.ggml.merges", [])
     if not isinstance(tokens, list) or not isinstance(merges, list):
         raise GGUFError(f"{file.path} has no list of tokens or merges; convert the model again")
     if len(tokens) > vocabulary:
         raise GGUFError(f"{file.path} has {len(tokens)} tokens and a table of {vocabulary} rows; convert it again")
-    return _bpe(file, tokens, _types(file, len(tokens)), merges)
+    return _bpe(file, tokens, _types(file, len(tokens)), merges, before)
 
 
 def _types(file: GGUF, count: int) -> list[int]:
@@ -72,7 +88,7 @@ def _types(file: GGUF, count: int) -> list[int]:
     return [int(number) for number in types]
 
 
-def _bpe(file: GGUF, tokens: list[str], types: list[int], merges: list[str]) -> dict[str, Any]:
+def _bpe(file: GGUF, tokens: list[str], types: list[int], merges: list[str], before: str) -> dict[str, Any]:
     vocabulary: dict[str, int] = {}
     added: list[dict[str, Any]] = []
     for index, (token, kind) in enumerate(zip(tokens, types, strict=True)):
@@ -87,11 +103,14 @@ def _bpe(file: GGUF, tokens: list[str], types: list[int], merges: list[str]) -> 
         first, _, second = merge.partition(" ")
         if first not in vocabulary or second not in vocabulary or first + second not in vocabulary:
             raise GGUFError(f"{file.path} merges {merge[:60]!r}, which are not its tokens; convert the model again")
+    patterns, composes = _PATTERNS[before]
     bytewise = {"type": "ByteLevel", "trim_offsets": True}
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": {"type": "NFC"},
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": {"type": "NFC"} if composes else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False},
+            *({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+              for pattern in patterns),
             {**bytewise, "add_prefix_space": False, "use_regex": False},
         ]},
         "post_processor": None, "decoder": {**bytewise, "add_prefix_space": True, "use_regex": True},
@@ -118,7 +137,7 @@ def read_template(file: GGUF) -> str | None:
 
 def token_metadata(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The metadata of an official `tokenizer.json` for a table of `size` rows: llama.cpp's list of tokens, and the
-    file itself too where its pre-tokenizer is not Qwen's."""
+    file itself too where llama.cpp has no name for its pre-tokenizer."""
     model = tokenizer["model"]
     tokens, types = [f"[PAD{index}]" for index in range(size)], np.full(size, UNUSED, "<i4")
     for token, index in model["vocab"].items():
@@ -128,11 +147,13 @@ def token_metadata(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
         looks_special = content.startswith("<|") and content.endswith("|>")
         tokens[index], types[index] = content, CONTROL if token["special"] or looks_special else USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    parts = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    own = tuple(part["pattern"].get("Regex") for part in parts if part["type"] == "Split")
+    before = next((name for name, (patterns, _) in _PATTERNS.items() if patterns == own), None)
     metadata = {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": QWEN[0], "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": before or QWEN, "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types, "tokenizer.ggml.merges": merges, "tokenizer.ggml.add_bos_token": False,
     }  # fmt: skip
-    split = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
-    if (split[0].get("pattern") or {}).get("Regex") != _PATTERN or model.get("ignore_merges"):
+    if before is None or model.get("ignore_merges"):
         metadata[JSON_KEY] = json.dumps(tokenizer, ensure_ascii=False)
     return metadata
