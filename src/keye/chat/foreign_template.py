@@ -27,6 +27,7 @@ from keye.chat.template import (
     split_reply,
 )
 from keye.chat.template_process import TemplateLimits, templates
+from keye.config import read_json
 from keye.errors import KeyeError, KeyeWarning, warn
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
@@ -40,9 +41,10 @@ class CheckpointTemplate:
     """Jinja text from a checkpoint. `tool_text` takes its place when functions are offered (None: it offers none).
 
     `name` is for messages to people. `thinking` says how reasoning is switched, as in `ChatTemplate`: by a suffix of
-    the last user text, or by the template's variable `enable_thinking`. `default_system` comes first where a
-    conversation has no system message; None leaves that to the template. `fallback` renders what this template has no
-    place for: conversations with tools where it offers none.
+    the last user text, or by the template's variables `enable_thinking` and `thinking`. `default_system` comes first
+    where a conversation has no system message; None leaves that to the template. `tokens` are variables that stand for
+    special tokens, such as `bos_token`. `fallback` renders what this template has no place for: conversations with
+    tools where it offers none.
     """
 
     name: str
@@ -50,6 +52,7 @@ class CheckpointTemplate:
     tool_text: str | None = None
     default_system: str | None = None
     thinking: Literal["prefill", "suffix"] = "prefill"
+    tokens: Mapping[str, str] = field(default_factory=dict)
     limits: TemplateLimits = field(default_factory=TemplateLimits)
     fallback: ChatTemplate | None = None
 
@@ -77,14 +80,15 @@ class CheckpointTemplate:
             raise KeyeError(f"{self.name} has no place for tools: leave tools out, or load it with template keye.")
         hidden = _Hidden()
         lists = any(mark in template for mark in ("image_pad", "vision_start"))
-        variables = {
+        variables: dict[str, Any] = {
+            **self.tokens,
             "messages": [hidden.message(turn, lists=lists) for turn in turns],
             "tools": hidden.data(offered) if offered else None,
             "add_generation_prompt": add_generation_prompt,
             "add_vision_id": add_vision_id,
         }
         if thinking is not None and self.thinking == "prefill":
-            variables["enable_thinking"] = thinking
+            variables |= {"enable_thinking": thinking, "thinking": thinking}  # Qwen's name for it, and DeepSeek's
         rendered = templates.render(self.name, template, variables, hidden.nonce, self.limits)
         segments = list(hidden.restore(self.name, rendered))
         _check_last_words(self.name, turns, segments)
@@ -226,7 +230,16 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     tool_text = named.get("tool_use") or next(
         (text for _, text in listed_templates if re.search(r"\btools\b", text)), None
     )
-    return CheckpointTemplate(f"The chat template of {path}", text, tool_text)
+    tokens = _read_tokens((path if path.is_dir() else path.parent) / TEMPLATE_FILES[-1])
+    return CheckpointTemplate(f"The chat template of {path}", text, tool_text, tokens=tokens)
+
+
+def _read_tokens(file: Path) -> dict[str, str]:
+    """The special tokens that templates write by name, of a tokenizer_config.json; none where there is no such file."""
+    settings = read_json(file) if file.is_file() else {}
+    named = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _read_templates(file: Path) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from keye.config import TextConfig
 from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode, CachedStep, GroupScores, Selection, Span
 from keye.models.keye import KeyeModel
+from keye.ops.reference import SCRATCH_BYTES
 
 #: Prompt tokens of a step in which nothing is generated, and the fewest of one in which something is.
 ALONE_TOKENS: Final = 1024
@@ -60,10 +61,13 @@ def scratch_bytes(config: TextConfig, rows: int, wanted: int, itemsize: int) -> 
     """An upper estimate of what a pass over `rows` tokens takes beyond weights and cache: the activations of one layer,
     twice over for what the allocator keeps, `wanted` rows of logits, and the scratch of attention."""
     d, heads = config.hidden_size, config.num_attention_heads + 2 * config.num_key_value_heads
-    experts = max(1, config.num_experts_per_tok if config.num_experts else 1)
+    kernel = KERNEL_BYTES if rows > 1 else 1 << 20
+    if config.latent is not None:  # no keys and values beyond the scratch of attention, which plain torch computes
+        heads, kernel = 2 * config.num_attention_heads, SCRATCH_BYTES
+    experts = max(1, (config.num_experts_per_tok + config.n_shared_experts) if config.num_experts else 1)
     inner = config.moe_intermediate_size if config.num_experts else config.intermediate_size
     per_row = itemsize * (4 * d + 2 * heads * config.head_dim + experts * (3 * inner + 2 * d)) + 4 * (2 + experts) * d
-    return 2 * rows * per_row + 4 * wanted * config.vocab_size + (KERNEL_BYTES if rows > 1 else 1 << 20)
+    return 2 * rows * per_row + 4 * wanted * config.vocab_size + kernel
 
 
 def least_scratch(config: TextConfig, itemsize: int) -> int:

@@ -269,10 +269,10 @@ def yarn_frequencies(
         return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = max(math.floor(dimension(beta_fast)), 0), min(math.ceil(dimension(beta_slow)), dim - 1)
-    plain = inverse_frequencies(dim, theta, device)
+    turns = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     order = torch.arange(dim // 2, dtype=torch.float32, device=device)
-    ramp = ((order - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    return plain / factor * ramp + plain * (1 - ramp)
+    retained = 1 - ((order - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    return 1.0 / (factor * turns) * (1 - retained) + 1.0 / turns * retained
 
 
 def inverse_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
+from typing import Final, Literal
 
 from keye.releases.base import FrameDemand, Release, register
 
@@ -26,7 +26,7 @@ class Keye1_5(Release):
     architectures = {"KeyeVL1_5ForConditionalGeneration": ()}
     hub_name = "Kwai-Keye/Keye-VL-1_5-8B"
     default_system = "You are a helpful assistant."
-    thinking = "suffix"
+    thinking: Literal["prefill", "suffix"] = "suffix"
     official_token_ids = _TOKEN_IDS
     processor_defaults = {
         "video_min_tokens": 48, "video_max_tokens": 768, "video_total_tokens": 65536, "min_frames": 1,

@@ -15,6 +15,7 @@ class Keye671B(Keye1_5):
     architectures = {"KeyeVLMoeForConditionalGeneration": ("latent",)}
     hub_name = "Kwai-Keye/Keye-VL-671B-A37B"
     needs_template = True
+    thinking = "prefill"
     official_token_ids = {}
 
 
