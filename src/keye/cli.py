@@ -151,6 +151,7 @@ VERBS = {
     "serve": ("keye.commands.serve:serve", "serve a model over HTTP, for OpenAI clients and the browser"),
     "quantize": ("keye.commands.quantize:quantize", "write a model with weights of 4 or 8 bits"),
     "inspect": ("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
+    "convert": ("keye.commands.convert:convert", "write a model as GGUF, or a GGUF file as safetensors"),
     "train": ("keye.commands.train:train", "train a model by the stages of a TOML file"),
     "eval": ("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),
     "doctor": ("keye.commands.doctor:doctor", "check this machine and this installation"),

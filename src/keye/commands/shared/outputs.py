@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import json
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from keye.errors import KeyeError
 from keye.files import MARK, output_file
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 #: Formats of pictures by the suffix of the file name.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+#: Small files that describe the weights themselves.
+_OF_WEIGHTS = ("config.json", "model.safetensors.index.json", "quantization.json", "gguf.json")
 #: The EXIF tag that names the program that wrote a picture.
 _SOFTWARE = 0x0131
 
@@ -29,6 +33,19 @@ def check_not_input(path: Path, flag: str, sources: Iterable[object]) -> None:
     files = [file for source in sources if (file := getattr(source, "path", None)) is not None]
     if path.exists() and any(path.samefile(file) for file in files):
         raise KeyeError(f"{path} is the input itself: give {flag} another name, so that it is kept")
+
+
+def copy_small_files(folder: Path, output: Path, fields: Mapping[str, Any]) -> None:
+    """Copies what a checkpoint has beside its weights; config.json without `quantization_config`, with `fields`."""
+    from keye.config import read_json
+    from keye.hub.download import SMALL_SUFFIXES
+
+    for file in folder.iterdir():
+        if file.suffix in SMALL_SUFFIXES and file.is_file() and file.name not in _OF_WEIGHTS:
+            shutil.copyfile(file, output / file.name)
+    config = {**read_json(folder / "config.json"), **fields}
+    config.pop("quantization_config", None)
+    (output / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

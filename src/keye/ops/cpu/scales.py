@@ -1,6 +1,6 @@
 """`keye.ops.scales` by the compiled core, one group a lane; what it cannot take is computed by the definition.
 
-The core takes float32 groups of a multiple of 16 numbers in main memory.
+The core takes float32 groups of 16, 32 .. 256 numbers in main memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from keye.ops import scales as definition
 from keye.ops.cpu import build as cpu_build
 from keye.ops.scales import Scales
 
-_MULTIPLE = 16
+_MULTIPLE, _MOST = 16, 256
 
 
 def search_symmetric(x: Tensor, low: int, high: int) -> Scales:
@@ -49,15 +49,14 @@ class ScaleLibrary:
         self._search, self._encode = core.keye_search_scales, core.keye_encode
         self._search.argtypes = (address, count, ctypes.c_int32, number, number, address, address)
         self._encode.argtypes = (address, count, ctypes.c_int32, number, number, address, address, address)
-        self._encode.restype = None
+        self._search.restype = self._encode.restype = None
 
     def search(self, x: Tensor, low: int, high: int, *, affine: bool) -> Scales:
         """Scales of groups [G, n], with minima where they are affine."""
         x = x.contiguous()
         scale = x.new_empty(len(x))
         minimum = x.new_empty(len(x)) if affine else None
-        if self._search(x.data_ptr(), len(x), x.shape[1], low, high, scale.data_ptr(), _address(minimum)):
-            raise MemoryError("the compiled core found no memory for its scratch")
+        self._search(x.data_ptr(), len(x), x.shape[1], low, high, scale.data_ptr(), _address(minimum))
         return Scales(scale, minimum)
 
     def encode(self, x: Tensor, scale: Tensor, minimum: Tensor | None, low: int, high: int) -> Tensor:
@@ -75,7 +74,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _core(x: Tensor) -> ScaleLibrary | None:
     """The library for groups [G, n] that it can take."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] % _MULTIPLE or not len(x):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape[1] % _MULTIPLE or x.shape[1] > _MOST or not len(x):
         return None
     return _load()
 

@@ -256,8 +256,8 @@ int keye_attend(const KeyeStep *step, const KeyeStretch *stretches, int64_t coun
     return guarded([&] { return attend_step(*step, stretches, count); });
 }
 
-int keye_search_scales(const float *x, int64_t count, int32_t n, float low, float high, float *scales, float *minima) {
-    return guarded([&] { return search_scales(x, count, n, low, high, scales, minima), 0; });
+void keye_search_scales(const float *x, int64_t count, int32_t n, float low, float high, float *scales, float *minima) {
+    search_scales(x, count, n, low, high, scales, minima);
 }
 
 void keye_encode(const float *x, int64_t count, int32_t n, float low, float high, const float *scales,

@@ -111,7 +111,7 @@ int keye_sparse(const KeyeStep *step, const KeyeStretch *stretches, int64_t coun
 int keye_select(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);
 int keye_attend(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);
 // Groups of weights x [count, n], as in keye/ops/cpu/scales.py; the best scales are symmetric where `minima` is null.
-int keye_search_scales(const float *x, int64_t count, int32_t n, float low, float high, float *scales, float *minima);
+void keye_search_scales(const float *x, int64_t count, int32_t n, float low, float high, float *scales, float *minima);
 void keye_encode(const float *x, int64_t count, int32_t n, float low, float high, const float *scales,
                  const float *minima, uint8_t *codes);
 void keye_timers(KeyeTimers *timers);

@@ -2,7 +2,6 @@
 // lane, so that a candidate costs a few instructions a number.
 #pragma once
 #include "keye.h"
-#include "memory.h"
 #ifdef KEYE_AVX512
 #include "simd_avx512.h"
 #else
@@ -11,6 +10,7 @@
 
 namespace keye {
 
+constexpr int MAX_GROUP = 256;  // numbers of a group
 constexpr int SCALE_FITS = 2;
 constexpr float TINY_NUMBER = 1e-30f;
 
@@ -100,10 +100,9 @@ inline Fit search_affine(Groups groups, float highest) {
     return best;
 }
 
-// Searches the groups x [count, n], n a multiple of LANES; symmetric where there are no minima to write.
+// Searches the groups x [count, n], n a multiple of 16 up to MAX_GROUP; symmetric where there are no minima to write.
 inline void search_scales(const float *x, int64_t count, int n, float low, float high, float *scales, float *minima) {
-    thread_local Buffer<V> buffer;
-    V *columns = buffer.get(n);
+    V columns[MAX_GROUP];
     for (int64_t first = 0; first < count; first += LANES) {
         const int64_t last = count - 1;
         for (int begin = 0; begin < n; begin += LANES) {

@@ -7,33 +7,24 @@ each 16 or 32 of them. Knows rows of numbers and bytes; knows nothing of files.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from keye.ops.cpu.scales import encode, search_affine, search_symmetric
+from keye.weights.gguf.types import BY_NAME
 
 #: Largest number that half precision holds.
 HALF_MAX: Final = 65504.0
 
 
-@dataclass(frozen=True)
-class BlockFormat:
-    """`pack` takes float32 [blocks, numbers] and returns uint8 [blocks, nbytes]."""
-
-    numbers: int
-    nbytes: int
-    pack: Callable[[Tensor], Tensor]
-
-
 def quantize(values: Tensor, kind: str) -> Tensor:
     """float [rows, columns] as uint8 [rows, bytes of a row]; `columns` must be a multiple of the numbers of a block."""
-    form = FORMATS[kind]
+    block = BY_NAME[kind].block
     rows, columns = values.shape
-    assert columns % form.numbers == 0, f"rows of {columns} are not blocks of {form.numbers}"
-    return form.pack(values.float().reshape(-1, form.numbers)).view(rows, -1)
+    assert columns % block == 0, f"rows of {columns} are not blocks of {block}"
+    return FORMATS[kind](values.float().reshape(-1, block)).view(rows, -1)
 
 
 def _q8_0(x: Tensor) -> Tensor:
@@ -149,8 +140,8 @@ def _float(half: Tensor) -> Tensor:
     return half.view(torch.float16).float().view(-1)
 
 
-FORMATS: Final = {
-    "Q8_0": BlockFormat(32, 34, _q8_0), "Q4_0": BlockFormat(32, 18, _q4_0), "Q5_0": BlockFormat(32, 22, _q5_0),
-    "Q5_1": BlockFormat(32, 24, _q5_1), "Q3_K": BlockFormat(256, 110, _q3_k), "Q4_K": BlockFormat(256, 144, _q4_k),
-    "Q5_K": BlockFormat(256, 176, _q5_k), "Q6_K": BlockFormat(256, 210, _q6_k),
+#: Formats that are written: float32 [blocks, numbers of a block] -> uint8 [blocks, bytes of a block].
+FORMATS: Final[dict[str, Callable[[Tensor], Tensor]]] = {
+    "Q8_0": _q8_0, "Q4_0": _q4_0, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
 }  # fmt: skip
