@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import keye
+from benchmarks.fuzz_gguf import damage, read_everything
 from keye.config import load_model_config, model_config_from_dict, read_json
 from keye.errors import KeyeError
 from keye.hub import asset, resolve
@@ -196,7 +198,7 @@ def test_parts_that_do_not_belong_together_get_one_sentence(files: tuple[Path, P
         ({"general.architecture": "llama"}, "architecture 'llama'; keye reads keye-vl2, qwen3moe"),
         ({"general.type": "adapter"}, "of type adapter; give one of a model"),
         ({"keye-vl2.block_count": "two"}, r"keye-vl2\.block_count two; keye needs one number there"),
-        ({"keye-vl2.block_count": None}, "config.json lacks num_hidden_layers"),
+        ({"keye-vl2.block_count": None}, r"lacks keye-vl2\.block_count"),
         ({"keye-vl2.attention.head_count": np.array([2, 1])}, "keye needs one number there"),
         ({"keye-vl2.rope.dimension_sections": np.array([1, 1, 1, 0])}, "mrope_section"),
         ({"tokenizer.ggml.tokens": 3}, "tokens that are not texts"),
@@ -340,3 +342,27 @@ def test_the_decoder_of_the_671b_model_is_read(tmp_path: Path) -> None:
     assert not report.unused
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, want.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    place = tmp_path_factory.mktemp("original")
+    return write_model(tiny_folder(place / "tiny"), place, kind="Q8_0")
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_damaged_files_are_read_or_rejected_with_a_sentence(
+    which: int, originals: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """benchmarks/fuzz_gguf.py does this for minutes."""
+    content, chance, sentences = originals[which].read_bytes(), random.Random(which), []
+    files = list(originals)
+    files[which] = tmp_path / originals[which].name
+    for _ in range(40):
+        files[which].write_bytes(damage(content, 2500, chance))
+        try:
+            read_everything(files[0], files[1], chance)
+        except KeyeError as error:
+            sentences.append(str(error))
+    assert len(sentences) > 20
+    assert not any("\n" in sentence for sentence in sentences)

@@ -21,6 +21,8 @@ from keye.weights.gguf.reader import GGUF, GGUFError, Value
 #: first one.
 KEYE2: Final = "keye-vl2"
 ARCHITECTURES: Final = {KEYE2: (V2,), "qwen3moe": (V2,), "qwen3": (V1_5, PREVIEW), "deepseek2": (V671B,)}
+#: Most experts of a layer.
+MAX_EXPERTS: Final = 4096
 #: Types of projectors: keye's own names, one for each layout. Others are recognised by their shapes.
 PROJECTORS: Final = {"keye": PREVIEW, "keye1_5": V1_5, "keye2": V2}
 _PROJECTOR_PREFIXES: Final = ("keye", "paddleocr")
@@ -188,13 +190,15 @@ def read_config(file: GGUF, vision: GGUF | None, tokens: Mapping[str, int]) -> d
     raw: dict[str, Any] = {"architectures": [_architecture(release, values)], "torch_dtype": "bfloat16"}
     raw |= {field: values.number(key) for key, field in _TEXT_KEYS.items() if key in values and key != "vocab_size"}
     raw["vocab_size"] = _rows(file, "token_embd.weight")
+    _check_layers(file, "blk.", values.count("block_count"))
+    _check_experts(file, values.count("expert_count", 0))
     raw["tie_word_embeddings"] = "output.weight" not in file.tensors
     if release is V671B:
         raw |= _latent_config(values)
     else:
         raw |= _qwen_config(values, raw)
     for field, key in (("eos_token_id", "eos"), ("pad_token_id", "padding"), ("bos_token_id", "bos")):
-        if (index := file.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+        if (index := file.token(key)) is not None:
             raw[field] = index
     raw |= {field: tokens[token] for field, token in MEDIA_TOKENS.items() if token in tokens}
     raw["vision_config"] = None if vision is None else _vision_config(vision, file, raw, release)
@@ -214,7 +218,7 @@ def read_files(file: GGUF, vision: GGUF | None) -> dict[str, dict[str, Any]]:
     sampling = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
     chosen = {field: _plain(file, f"general.sampling.{key}") for field, key in sampling.items()
               if f"general.sampling.{key}" in file.metadata}  # fmt: skip
-    ends = [file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    ends = [file.token(key) for key in ("eos", "eot", "eom")]
     if stops := list(dict.fromkeys(end for end in ends if end is not None)):
         chosen["eos_token_id"] = stops
     if chosen:
@@ -289,6 +293,22 @@ def _rows(file: GGUF, name: str) -> int:
     return file.tensors[name].shape[0]
 
 
+def _check_layers(file: GGUF, prefix: str, count: int) -> None:
+    """`GGUFError` where a file holds other layers than it promises: work grows with that number."""
+    parts = (name.removeprefix(prefix).partition(".")[0] for name in file.tensors if name.startswith(prefix))
+    layers = {int(part) for part in parts if part.isdecimal() and len(part) < 10}
+    if layers != set(range(len(layers))) or count != len(layers):
+        raise GGUFError(f"{file.path} promises {count} layers and holds tensors of {len(layers)}; fetch it again")
+
+
+def _check_experts(file: GGUF, count: int) -> None:
+    stacked = {tensor.shape[0] for name, tensor in file.tensors.items() if name.endswith("_exps.weight")}
+    if count > MAX_EXPERTS or stacked - {count}:
+        listed = ", ".join(map(str, sorted(stacked)[:3])) or "none"
+        raise GGUFError(f"{file.path} promises {count} experts and holds {listed} in a layer; at most {MAX_EXPERTS} "
+                        "are read")  # fmt: skip
+
+
 def _release(file: GGUF, vision: GGUF | None, architecture: str) -> Release:
     """Which release a language model and its vision part are: of those that the architecture can be, the one with the
     projector's layout."""
@@ -311,7 +331,8 @@ def _architecture(release: Release, values: _Values) -> str:
 
 
 def _qwen_config(values: _Values, raw: Mapping[str, Any]) -> dict[str, Any]:
-    size = values.count("attention.key_length", raw["hidden_size"] // max(1, raw["num_attention_heads"]))
+    default = values.count("embedding_length") // max(1, values.count("attention.head_count"))
+    size = values.count("attention.key_length", default)
     if values.count("attention.value_length", size) != size:
         raise GGUFError(f"{values.file.path} has values of another size than keys; no model of Keye has")
     key = f"{values.architecture}.rope.dimension_sections"
@@ -322,7 +343,7 @@ def _qwen_config(values: _Values, raw: Mapping[str, Any]) -> dict[str, Any]:
     if values.count("expert_count", 0):
         config |= {field: values.count(key) for key, field in _EXPERT_KEYS.items()}
         config.setdefault("intermediate_size", config["moe_intermediate_size"])
-        config["norm_topk_prob"] = bool(values.file.metadata.get(f"{values.architecture}.expert_weights_norm", True))
+        config["norm_topk_prob"] = values.file.flag(f"{values.architecture}.expert_weights_norm", True)
     if "attention.indexer.head_count" in values:
         config["sa_config"] = {field: values.count(key) for key, field in _SPARSE_KEYS.items()}
     return {**config, **({"intermediate_size": raw["intermediate_size"]} if "intermediate_size" in raw else {})}
@@ -346,10 +367,10 @@ def _latent_config(values: _Values) -> dict[str, Any]:
         "num_key_value_heads": values.count("attention.head_count"), "v_head_dim": value, "topk_method": "noaux_tc",
         "qk_nope_head_dim": head - values.count("rope.dimension_count"),
         "scoring_func": {1: "softmax", 2: "sigmoid"}.get(values.count("expert_gating_func", 2), "unknown"),
-        "norm_topk_prob": bool(metadata.get(f"{prefix}.expert_weights_norm", True)),
+        "norm_topk_prob": values.file.flag(f"{prefix}.expert_weights_norm", True),
     }  # fmt: skip
     scaling: dict[str, Any] = {}
-    if metadata.get(f"{prefix}.rope.scaling.type") == "yarn":
+    if values.file.text(f"{prefix}.rope.scaling.type") == "yarn":
         # llama.cpp keeps one number of DeepSeek's two, which are equal in its releases.
         key = "rope.scaling.yarn_log_multiplier"
         scale = _plain_number(round(values.number(key) * 10, 6)) if key in values else 0
@@ -366,7 +387,7 @@ def _latent_config(values: _Values) -> dict[str, Any]:
 
 def check_vision(file: GGUF) -> None:
     """`GGUFError` for a file that is not the vision part of a Keye model."""
-    if file.text("general.architecture") != "clip" or not file.metadata.get("clip.has_vision_encoder"):
+    if file.text("general.architecture") != "clip" or not file.flag("clip.has_vision_encoder", False):
         raise GGUFError(f"{file.path} is not the vision part of a model (mmproj); give the mmproj file of this model")
     _check_projector(file)
 
@@ -395,6 +416,7 @@ def _vision_config(file: GGUF, model: GGUF, raw: Mapping[str, Any], release: Rel
     config: dict[str, Any] = {
         field: values.count(key.removeprefix(prefix)) for key, field in _VISION_KEYS.items() if key in file.metadata
     }
+    _check_layers(file, "v.blk.", values.count("block_count"))
     if "attention.layer_norm_epsilon" in values:
         config["layer_norm_eps"] = values.number("attention.layer_norm_epsilon")
     widths = _projector_widths(file)

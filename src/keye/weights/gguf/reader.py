@@ -73,6 +73,24 @@ class GGUF:
             raise GGUFError(f"{self.path} has {name} that is not a text; convert the model again")
         return value
 
+    def flag(self, name: str, default: bool) -> bool:
+        """The same for true and false."""
+        value = self.metadata.get(name, default)
+        if not isinstance(value, bool):
+            raise GGUFError(f"{self.path} has {name} that is neither true nor false; convert the model again")
+        return value
+
+    def integer(self, name: str) -> int | None:
+        """The same for a whole number."""
+        value = self.metadata.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise GGUFError(f"{self.path} has {name} that is not a whole number; convert the model again")
+        return value
+
+    def token(self, name: str) -> int | None:
+        """The same for the id of a token, `tokenizer.ggml.NAME_token_id`."""
+        return self.integer(f"tokenizer.ggml.{name}_token_id")
+
 
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF file does."""
@@ -90,11 +108,11 @@ def read_gguf(path: Path) -> GGUF:
     file, overlapping tensors, unknown types, missing files of a split model.
     """
     first = _read_file(path)
-    count = first.metadata.get("split.count", 1)
-    if count == 1:
+    count = first.integer("split.count")
+    if count is None or count == 1:
         return first
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 < count <= MAX_FILES:
-        raise GGUFError(f"{path} has split.count {str(count)[:40]}; it must be a whole number up to {MAX_FILES}")
+    if not 1 < count <= MAX_FILES:
+        raise GGUFError(f"{path} has split.count {count}; it must be a whole number up to {MAX_FILES}")
     match = _SPLIT.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise GGUFError(
@@ -111,7 +129,7 @@ def read_gguf(path: Path) -> GGUF:
 def _join(path: Path, parts: list[GGUF]) -> GGUF:
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
-        if part.metadata.get("split.count") != len(parts) or part.metadata.get("split.no") != number:
+        if (part.integer("split.count"), part.integer("split.no")) != (len(parts), number):
             raise GGUFError(
                 f"{part.path} is not file {number + 1} of {len(parts)} of this model; fetch the files again"
             )
@@ -119,11 +137,9 @@ def _join(path: Path, parts: list[GGUF]) -> GGUF:
             if name in tensors:
                 raise GGUFError(f"{name} is both in {tensors[name].file} and in {part.path}; fetch the files again")
             tensors[name] = tensor
-    total = parts[0].metadata.get("split.tensors.count", len(tensors))
-    if total != len(tensors):
-        raise GGUFError(
-            f"{path} promises {str(total)[:40]} tensors, its files hold {len(tensors)}; fetch the files again"
-        )
+    total = parts[0].integer("split.tensors.count")
+    if total not in (None, len(tensors)):
+        raise GGUFError(f"{path} promises {total} tensors, its files hold {len(tensors)}; fetch the files again")
     first = parts[0]
     return GGUF(path, first.version, first.metadata, tensors, tuple(part.path for part in parts))
 
