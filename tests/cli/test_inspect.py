@@ -212,3 +212,17 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     (group / "memory.max").write_text("4000000\n")
     assert main_memory(meminfo, group) == Memory("cpu", 4_000_000, 3_000_000)
     assert main_memory(tmp_path / "gone", group) is None
+
+
+def test_a_quantised_folder_says_what_it_holds(run: Callable, tmp_path: Path) -> None:
+    assert run("quantize", "nano", "--to", "int4", "-o", tmp_path / "int4").code == 0
+    data, plain = run("inspect", tmp_path / "int4", "--json").data, run("inspect", "nano", "--json").data
+    assert data["parameters"] == plain["parameters"] and data["files"]["fits_config"]
+    assert data["quantization"]["kind"] == "int4" and plain["quantization"] is None
+    assert {fit["dtype"] for fit in data["fits"]} == {"int4"} and data["fits"][0]["weights"] == data["files"]["bytes"]
+    text = run("inspect", tmp_path / "int4").out
+    assert "quantised to int4" in text and "int8 per row" in text and "9.4" in text
+    for damage in ("{", "[]", '{"version": 1, "rows": [{"part": "x"}]}'):
+        (tmp_path / "int4/quantization.json").write_text(damage)
+        text = run("inspect", tmp_path / "int4").out
+        assert "quantised to int4" in text and "indexer" in text

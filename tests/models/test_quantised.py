@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from keye.cache.fingerprint import fingerprint
+from keye.config import ProcessorConfig
 from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model, save_model, update_tensors
 from keye.models.quant_fill import quantized_weights
 from keye.ops.quantized import QuantFormat
 from keye.ops.registry import backends
+from keye.quant.layers import pack_weights
 from keye.quant.policy import PARTS, make_policy, parse_part
 from keye.quant.search import quantize
 from keye.weights.safetensors import WEIGHTS_FILE
@@ -167,3 +170,19 @@ def test_every_matrix_of_a_model_has_a_part(make_model: Any) -> None:
         part, is_listed = policy.place_of(name)
         assert policy.format_of(name) is not None or is_listed, (name, tuple(tensor.shape))
         assert part in {part for part, _ in PARTS} or is_listed
+
+
+def test_a_fingerprint_tells_formats_apart_and_not_how_memory_holds_them(make_model: Any, tmp_path: Path) -> None:
+    model = make_model()
+    save_model(model, tmp_path)
+    prints = {}
+    for kind in ("int4", "int8"):
+        with backends.using("reference"):
+            loaded, _ = load_model(tmp_path, model.config, quant=kind)
+        before = fingerprint("m", loaded, ProcessorConfig())
+        pack_weights(loaded)
+        assert fingerprint("m", loaded, ProcessorConfig()) == before
+        prints[kind] = before
+        update_tensors(loaded, {"model.layers.0.self_attn.o_proj.weight": torch.randn(48, 128)})
+        assert fingerprint("m", loaded, ProcessorConfig()).weights != before.weights
+    assert prints["int4"].weights != prints["int8"].weights and prints["int4"].config != prints["int8"].config

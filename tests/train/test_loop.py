@@ -10,6 +10,8 @@ from keye.commands.train import report_line
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.load import load_model
+from keye.models.quantize import quantize_checkpoint
+from keye.quant.policy import make_policy
 from keye.train.checkpoint import LOG_FILE, PROGRESS_FILE, STATE_FILE
 from keye.train.loop import round_figure
 from keye.train.recipes.nano.config import Mix
@@ -194,4 +196,11 @@ def test_a_checkpoint_without_indexers_cannot_be_trained(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "sa_indexer" not in k}, folder / "model.safetensors")
     with pytest.raises(ConfigError, match="has no indexer weights"):
+        train_nano(a_run(tmp_path, "out", LANGUAGE, fresh=False))
+
+
+def test_a_quantised_checkpoint_cannot_be_trained(tmp_path):
+    source = tiny_folder(tmp_path / "source")
+    quantize_checkpoint(source, load_model_config(source), tmp_path / "model", make_policy("int8"))
+    with pytest.raises(ConfigError, match="is quantised and cannot be trained"):
         train_nano(a_run(tmp_path, "out", LANGUAGE, fresh=False))

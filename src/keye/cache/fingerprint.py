@@ -6,18 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from keye.config import ProcessorConfig
 from keye.models.keye import KeyeModel
-
-#: Tensors up to this size are hashed whole, of larger ones evenly spread pieces that together have this size. Training
-#: changes nearly every number of a tensor, so that any step of it shows.
-WHOLE_BYTES: Final = 1 << 18
-_PIECES: Final = 16
+from keye.models.quant_fill import plain_state, quantized_weights
+from keye.quant.digest import sampled_bytes
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,9 @@ class Fingerprint:
 def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fingerprint:
     """Of a model as it is in memory, with its default adapter. Reads at most 256 KiB of each tensor."""
     facts = processor.to_dict()
+    quantised = {name: weight.digest for name, weight in quantized_weights(model).items()}
     facts["generation"] = facts.pop("release")  # its name in index files, so that earlier ones stay valid
-    weights, adapter = weights_hash(model.state_dict()), model.adapter_rows.default
+    weights, adapter = weights_hash(plain_state(model), quantised), model.adapter_rows.default
     if adapter is not None:
         weights = _hash_of({"weights": weights, "adapter": adapter.fingerprint})
     return Fingerprint(
@@ -43,21 +40,18 @@ def fingerprint(name: str, model: KeyeModel, processor: ProcessorConfig) -> Fing
     )  # fmt: skip
 
 
-def weights_hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and numbers of tensors, large ones in pieces."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.flatten()
-        pieces = [flat]
-        if tensor.nbytes > WHOLE_BYTES:
-            width = WHOLE_BYTES // _PIECES // tensor.element_size()
-            last = flat.shape[0] - width
-            pieces = [flat[last * i // (_PIECES - 1) :][:width] for i in range(_PIECES)]
-        for piece in pieces:
-            digest.update(piece.contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def weights_hash(tensors: Mapping[str, Tensor], digests: Mapping[str, str]) -> str:
+    """SHA-256 over names, shapes, dtypes and numbers of tensors, large ones in pieces, and hashes of others by name."""
+    total = hashlib.sha256()
+    for name in sorted({*tensors, *digests}):
+        if name in digests:
+            total.update(f"{name} {digests[name]}\n".encode())
+            continue
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        for piece in sampled_bytes(tensor):
+            total.update(piece)
+    return total.hexdigest()
 
 
 def _hash_of(data: Mapping[str, Any]) -> str:

@@ -92,6 +92,7 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
     from keye.planning.machines import read_bandwidth, recommend
     from keye.planning.placement import ModelSizes
     from keye.process import memories
+    from keye.weights.names import IGNORED
 
     folder, packaged = describing_folder(model, mmproj)
     raw = read_json(folder / "config.json")
@@ -102,12 +103,20 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
                      "what is published; the values in a real checkpoint win.")  # fmt: skip
     if unknown := model_outline.config.unknown:
         notes.append(f"Without meaning to keye in config.json: {', '.join(unknown)}.")
-    parts = parameters_by_part(shapes or model_outline.shapes)
-    total, read = sum(parts.values()), read_parameters(shapes or model_outline.shapes)
+    quantised = None if files is None else files.pop("quantization", None)
+    if not shapes:  # a quantised folder leaves out what no forward pass reads
+        shapes = {n: s for n, s in model_outline.shapes.items() if quantised is None or not IGNORED.search(n)}
+    parts = parameters_by_part(shapes)
+    total, read = sum(parts.values()), read_parameters(shapes)
     memory, sizes = memories(), ModelSizes.of(model_outline)
     weights = {name: read * size for name, size in FORMATS.items()}
     weights |= {name: sum(sizes.parts[name].values()) for name in QUANTISED}
-    recommended = recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
+    kinds = {quantised["kind"]: files["bytes"]} if files is not None and quantised is not None else weights
+    recommended = (
+        None
+        if quantised
+        else recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
+    )
     return {
         "model": model, "folder": None if packaged else str(folder), "architecture": model_outline.architecture,
         "release": model_outline.release.name, "text": model_outline.text,
@@ -124,8 +133,8 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
             "float8": model_outline.indexer_bytes_float8,
         },
         "files": files, "memory": [asdict(device) for device in memory],
-        "fits": [fit(model_outline, size, device, name) for device in memory for name, size in weights.items()],
-        "recommendation": recommended,
+        "fits": [fit(model_outline, size, device, name) for device in memory for name, size in kinds.items()],
+        "recommendation": recommended, "quantization": quantised,
         "tokenizer": tokenizer_facts(folder, raw), "template": template_facts(folder),
         "sampling": sampling_facts(folder), "notes": notes,
     }  # fmt: skip
@@ -136,6 +145,8 @@ def weight_facts(
 ) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
     """The weight files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
     from keye.models.load import check_fit
+    from keye.models.quant_fill import stored_policy
+    from keye.models.quantize import read_report
     from keye.weights.gguf.folder import read_link
     from keye.weights.gguf.source import GGUFTensor, open_gguf
     from keye.weights.safetensors import StoredTensor, open_checkpoint, weight_files
@@ -168,6 +179,9 @@ def weight_facts(
         facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
         if report.lacks_indexer:
             notes.append("The files hold no indexer weights: the model runs with dense attention.")
+    if (policy := stored_policy(model_outline.config)) is not None:
+        facts["quantization"] = (read_report(folder) or policy).to_dict()
+        return facts, {}, notes  # codes do not have the shapes of the matrices
     return facts, {name: tensor.shape for name, tensor in tensors.items()}, notes
 
 

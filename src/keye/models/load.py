@@ -272,7 +272,8 @@ def _fills(model: nn.Module, tensors: Collection[str], per_expert: Collection[st
         if not (tied and name == "lm_head.weight"):
             yield from plain_fills(name, tuple(tensor.shape), per_expert)
     for name, weight in quantized_weights(model).items():
-        yield from weight_fills(name, weight.tensor, tensors, per_expert)
+        like = QuantTensor.empty(weight.format, weight.shape, "meta")
+        yield from weight_fills(name, like, tensors, per_expert)
 
 
 def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool) -> tuple[list[Fill], LoadReport]:

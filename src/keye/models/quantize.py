@@ -90,6 +90,22 @@ class QuantReport:
                 "share_quantised": round(self.share, 6)}  # fmt: skip
 
 
+def read_report(folder: Path) -> QuantReport | None:
+    """The table that stands in a folder; None where there is none, or another program changed it."""
+    try:
+        raw = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+        rows = tuple(Row(**row) for row in raw["rows"])
+        names = ("kind", "dropped_bytes", "calibration")
+        report = QuantReport(rows=rows, dropped=tuple(raw["dropped"]), **{name: raw[name] for name in names})
+        sums = (report.bytes, report.source_bytes, report.share, sum(row.error or 0.0 for row in rows))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    is_sound = all(isinstance(value, int | float) for value in sums) and raw.get("version") == 1
+    return (
+        report if is_sound and all(isinstance(text, str) for row in rows for text in (row.part, row.format)) else None
+    )
+
+
 @dataclass
 class _Unit:
     """A tensor of the result's state or a quantised matrix of it, and what fills it."""

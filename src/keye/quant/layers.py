@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from keye.ops import quantized, registry
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
+from keye.quant.digest import digest
 
 
 class QuantizedWeight(nn.Module):
@@ -31,6 +32,7 @@ class QuantizedWeight(nn.Module):
     scales: Tensor | None
     minima: Tensor | None
     packed: PackedWeight | None = None
+    _digest: str | None = None
 
     def __init__(
         self, form: QuantFormat, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None = None
@@ -61,11 +63,19 @@ class QuantizedWeight(nn.Module):
         assert self.codes is not None and self.scales is not None
         return QuantTensor(self.format, self.shape, self.codes, self.scales, self.minima)
 
+    @property
+    def digest(self) -> str:
+        """A hash of codes and scales, of large ones in part; also while they are packed."""
+        if self.packed is not None:
+            assert self._digest is not None
+            return self._digest
+        return digest(part for part in (self.codes, self.scales, self.minima) if part is not None)
+
     def pack(self) -> None:
         """Has fast kernels read the weight from now on, where there are any for it; takes as much memory again while it
         works."""
         if self.packed is None and (packed := registry.pack_weight(self.tensor)) is not None:
-            self.packed = packed
+            self._digest, self.packed = self.digest, packed
             self.codes = self.scales = self.minima = None
 
     def unpack(self) -> None:

@@ -23,6 +23,7 @@ from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model, save_model, torch_dtype
+from keye.models.quant_fill import quantized_weights
 from keye.ops.elementwise import compile_elementwise
 from keye.process import check_device
 from keye.train.batches import BatchProcess, BatchService, derived_seed
@@ -98,6 +99,8 @@ class Run:
             return model.to(device=self.config.device, dtype=self.dtype)
         folder = self.out if resumed else self.config.model
         model, report = load_model(folder, config, device=self.config.device, dtype=self.dtype)
+        if quantized_weights(model):
+            raise ConfigError(f"{folder} is quantised and cannot be trained; start from the model it was made of")
         if report.lacks_indexer:
             raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
         return model

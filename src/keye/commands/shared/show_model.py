@@ -10,12 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from keye.commands.shared.show import stdout
+from keye.commands.shared.show_quant import quant_table
 from keye.units import format_bytes, format_count, listed, one_line, plural
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
 BAR, NARROW = 20, 64
 #: Formats of the same size share a row.
 ROWS = {"bfloat16": "16-bit", "float32": "32-bit", "int8": "int8", "int4": "int4"}
+_FIT_ROWS = {**ROWS, "fp8": "fp8"}
 
 
 def print_model(result: Mapping[str, Any]) -> None:
@@ -26,6 +28,12 @@ def print_model(result: Mapping[str, Any]) -> None:
     section(console, "parameters", parameter_table(result["parameters"], console.width >= NARROW))
     section(console, "memory", memory_table(result))
     section(console, "this machine", pairs(machine_rows(result)))
+    if (quantised := result["quantization"]) is not None and "rows" in quantised:
+        section(console, f"quantised to {quantised['kind']}", quant_table(quantised))
+    elif quantised is not None:
+        formats = quantised["parts"].items()
+        section(console, f"quantised to {quantised['kind']}",
+                pairs((part, "as it is" if form is None else form["kind"]) for part, form in formats))  # fmt: skip
     section(console, "files", pairs(file_rows(result)))
     for note in result["notes"]:
         console.print(Text(one_line(note), style="yellow"))
@@ -157,12 +165,14 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         device = memory["device"]
         rows.append((device, f"{format_bytes(memory['free'])} of {format_bytes(memory['total'])} free"))
         for fit in result["fits"]:
-            if fit["device"] == device and fit["dtype"] in ROWS:
+            if fit["device"] == device and fit["dtype"] in _FIT_ROWS:
                 verdict = f"does not fit: the weights take {format_bytes(fit['weights'])}"
                 if fit["fits"]:
                     full = ", all that the model knows" if fit["limited_by"] == "model" else ""
                     verdict = f"fits with {fit['context']:,} tokens of context{full}"
-                rows.append((f"  {ROWS[fit['dtype']]}", verdict))
+                rows.append((f"  {_FIT_ROWS[fit['dtype']]}", verdict))
+    if result["quantization"] is not None:
+        return rows
     if (recommended := result["recommendation"]) is not None:
         rows.append(("recommended", f"{recommended['sentence']} on {recommended['device']}"))
     else:
