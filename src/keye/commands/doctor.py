@@ -1,13 +1,14 @@
-"""`keye doctor`: whether this machine and this installation can do what keye needs."""
+"""`keye doctor`: whether this machine and this installation can do what keye needs, and whether a model is healthy."""
 
 from __future__ import annotations
 
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,9 @@ from keye.commands.shared import options
 from keye.errors import KeyeError
 from keye.process import available_cores, main_memory
 from keye.units import format_bytes, format_count, one_line
+
+if TYPE_CHECKING:
+    from keye.evals.verdict import Ranges
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -30,10 +34,39 @@ class Check:
 
 
 @click.command(context_settings=options.CONTEXT)
+@click.option("--model", metavar="MODEL", help="Also ask this model questions whose answers are known.")
+@options.running_device
+@options.template
+@click.option("--questions", type=options.COUNT, default=50, show_default=True, metavar="N",
+              help="Questions about generated clips.")  # fmt: skip
+@click.option("--ranges", type=options.PATH, metavar="FILE",
+              help="Compare with the ranges in this file.  [default: those of the release]")  # fmt: skip
+@click.option("--save-ranges", type=options.PATH, metavar="FILE",
+              help="Write ranges around what this model shows, to compare its other forms with.")  # fmt: skip
+@options.overwrite
 @options.as_json
 @options.debug
-def doctor(as_json: bool) -> int:
-    """Check this machine and this installation. Exit code 1 when something that keye needs does not work."""
+def doctor(
+    model: str | None, questions: int, ranges: Path | None, save_ranges: Path | None, overwrite: bool, as_json: bool,
+    **arguments: Any,
+) -> int:  # fmt: skip
+    """Check this machine and this installation, or a model. Exit code 1 when something does not work.
+
+    With --model, the bundled clip, generated clips, a drawn word, a box and a stretch of text are asked and compared
+    with what a healthy model answers. Where that is missed, the verdict says which of template, frame text, conversion
+    or quantisation looks wrong. The ranges of keye-nano are measured, those of other models are stated and not measured
+    on real weights: save ranges of the original to compare a converted model with.
+
+    \b
+    keye doctor
+    keye doctor --model 1.5 --quant int4
+    keye doctor --model original --save-ranges healthy.json
+    keye doctor --model converted.gguf --ranges healthy.json --json
+    """
+    if model is not None:
+        return check_model(model, questions, ranges, save_ranges, overwrite, as_json, arguments)
+    if ranges is not None or save_ranges is not None:
+        raise KeyeError("--ranges and --save-ranges are about a model: name it with --model")
     checks = [check() for check in CHECKS]
     failed = any(check.ok is False for check in checks)
     if as_json:
@@ -43,6 +76,66 @@ def doctor(as_json: bool) -> int:
     else:
         print_checks(checks)
     return 1 if failed else 0
+
+
+def check_model(
+    name: str, questions: int, ranges: Path | None, output: Path | None, overwrite: bool, as_json: bool,
+    arguments: Mapping[str, Any],
+) -> int:  # fmt: skip
+    """Asks the model and prints what that says. 1 where the model looks wrong."""
+    import warnings
+
+    from keye.commands.shared import inputs, show
+    from keye.errors import KeyeWarning
+    from keye.evals.checkup import run_checkup
+    from keye.evals.verdict import conclude, is_ranges_file, ranges_of, read_ranges, save_ranges
+    from keye.files import check_output
+
+    if output is not None:
+        check_output(output, is_ranges_file, overwrite=overwrite)
+    chosen = None if ranges is None else read_ranges(ranges)
+    model = inputs.load_model({**arguments, "model": name})
+    with show.progress_bar("asking", notes=True) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", KeyeWarning)  # of single replies
+        probes = run_checkup(model, questions, advance)
+    if output is not None:
+        save_ranges(output, model.name, probes)
+        chosen = chosen or read_ranges(output)
+    wanted = chosen or ranges_of(model.config)
+    verdict = conclude(probes, wanted)
+    if as_json:
+        show.print_json({
+            "ok": verdict.cause is None, "model": model.name, "verdict": verdict.to_dict(), "probes": probes,
+            "ranges": {"model": wanted.model, "measured": wanted.measured, **wanted.ranges},
+        })  # fmt: skip
+    else:
+        print_checks([*probe_checks(probes, wanted, verdict.missed),
+                      Check("verdict", verdict.cause is None, verdict.sentence)])  # fmt: skip
+        if not wanted.measured:
+            inputs.note(f"the ranges of {wanted.model} are stated, not measured on its real weights")
+    return 0 if verdict.cause is None else 1
+
+
+#: What the probes are called for people.
+_PROBES = {
+    "levels": "values in 64 weights", "text": "ordinary text, nats a token", "pictures": "answers about pictures",
+    "pictures_own": "  with keye's template", "times": "answers about times", "times_own": "  with keye's frame text",
+    "demo": "demo clip, overlap", "word": "drawn word", "box": "box, overlap",
+    "frameforge": "generated clips, share right",
+}  # fmt: skip
+
+
+def probe_checks(probes: Mapping[str, float], wanted: Ranges, missed: Sequence[str]) -> list[Check]:
+    """A line for each probe."""
+    checks = []
+    for name, title in _PROBES.items():
+        allowed = wanted.ranges[name]
+        if allowed is None:
+            checks.append(Check(title, None, "beyond this model"))
+            continue
+        finding = f"{probes[name]:.3g} (healthy: {allowed[0]:g} to {allowed[1]:g})"
+        checks.append(Check(title, name not in missed, finding))
+    return checks
 
 
 def print_checks(checks: list[Check]) -> None:
