@@ -30,10 +30,11 @@ from keye.engine.step import ALONE_TOKENS
 from keye.hub import asset
 from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.keye import Decoder
-from keye.models.layers import Linear
+from keye.models.layers import Layer, Linear
 from keye.models.load import replace_layers
 from keye.models.moe import lay_out_for_decoding
 from keye.models.quant_fill import quantize_layer
+from keye.ops import registry
 from keye.ops.quantized import QuantFormat
 from keye.planning.measure import fill_with_noise
 from keye.quant.layers import QuantizedWeight, pack_weights
@@ -69,6 +70,10 @@ def build(text: TextConfig, weights: str, head: str) -> Network:
         if isinstance(module, QuantizedWeight):
             fill_with_codes(module)
     pack_weights(network)
+    small = registry.find_elementwise(torch.device("cpu"))
+    for module in network.modules():
+        if isinstance(module, Layer):
+            module.elementwise = small
     return network.eval()
 
 

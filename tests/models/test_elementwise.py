@@ -25,6 +25,11 @@ CASES: dict[str, tuple[Callable[[], list[Any]], int]] = {
     "swiglu": (lambda: [randn(40, 48)], 1),
     "rotate": (lambda: [randn(40, 4, 16), randn(40, 8).cos(), randn(40, 8).sin()], 1),
     "norm_rotate": (lambda: [randn(40, 4, 16), randn(16), 1e-6, randn(40, 8).cos(), randn(40, 8).sin()], 2),
+    "index_query": (lambda: [randn(40, 4, 16), randn(16), 1e-6, randn(40, 8).cos(), randn(40, 8).sin()], 2),
+    "index_key": (
+        lambda: [randn(40, 1, 16), randn(16), randn(16) + 1, 1e-6, randn(40, 8).cos(), randn(40, 8).sin()],
+        3,
+    ),
     "masked_softmax": (lambda: [randn(2, 3, 5, 20), randn(5, 20) > -0.5, 0.25], 1),
     "weighted_sum": (lambda: [randn(40, 3, 16), randn(40, 3)], 2),
 }

@@ -97,7 +97,12 @@ class Indexer(Layer):
         """Queries [T, J, I] and keys [T, I] after norm, M-RoPE and Hadamard, and raw gates [T, J]."""
         fused = self.q_proj(x)
         q, w = fused.split((self.heads * self.dim, self.heads), dim=-1)
-        q = self.q_norm(q.unflatten(-1, (self.heads, self.dim)))
+        q, small = q.unflatten(-1, (self.heads, self.dim)), self.elementwise
+        if self.numerics != "official" and not self.training:
+            q = small.index_query(q, self.q_norm.weight, self.q_norm.eps, cos, sin)
+            norm, k = self.k_norm, self.k_proj(x).unsqueeze(1)
+            return q, small.index_key(k, norm.weight, norm.bias, norm.eps, cos, sin).squeeze(1), w
+        q = self.q_norm(q)
         k = F.layer_norm(
             self.k_proj(x).float(), (self.dim,), self.k_norm.weight.float(), self.k_norm.bias.float(), self.k_norm.eps
         ).to(x.dtype)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from keye.models.quant_fill import (
     weight_fills,
 )  # fmt: skip
 from keye.models.vision import VisionTower
+from keye.ops import registry
 from keye.ops.quantized import QuantTensor
 from keye.quant.layers import QuantExperts, QuantLinear, pack_weights
 from keye.quant.policy import Policy, make_policy
@@ -48,6 +50,8 @@ from keye.weights.source import (
 #: (full name, plain layer) -> the layer to use in its place: the same one, or one with the same `forward`, such as a
 #: quantised one, a shard, or one that carries an adapter and keeps the plain layer inside its own.
 LayerFactory = Callable[[str, nn.Module], nn.Module]
+#: Width from which a model computes its small operations by the compiled core, which may have to be built first.
+NATIVE_WIDTH: Final = 1024
 _MATRICES = (nn.Linear, Experts, QuantLinear, QuantExperts)
 
 
@@ -92,6 +96,8 @@ def load_model(
     model.tie_weights()
     fill(model, plan, tensors)
     pack_weights(model)
+    if config.text.hidden_size >= NATIVE_WIDTH:
+        model.set_elementwise(registry.find_elementwise(model.device))
     model.origin = Path(folder) if any(CARRIED.search(name) for name in report.ignored) else None
     return model.eval(), report
 

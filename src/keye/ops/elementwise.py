@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keye.ops.reference import hadamard_transform
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension, computed in float32, in the dtype of `x`."""
@@ -50,6 +52,17 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor)
     return rotate(rms_norm(x, weight, eps), cos, sin)
 
 
+def index_query(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`norm_rotate`, then a Hadamard transform. `x` [N, heads, D]."""
+    return hadamard_transform(norm_rotate(x, weight, eps, cos, sin))
+
+
+def index_key(x: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Layer norm in float32, rotary embedding, Hadamard transform. `x` [N, heads, D]."""
+    y = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    return hadamard_transform(rotate(y, cos, sin))
+
+
 def masked_softmax(logits: Tensor, mask: Tensor, scale: float) -> Tensor:
     """softmax(logits * scale) where `mask` (broadcastable bool) is true, in float32, in the dtype of `logits`."""
     return (logits.float() * scale).masked_fill(~mask, -1e30).softmax(-1).to(logits.dtype)
@@ -68,6 +81,8 @@ class Elementwise(NamedTuple):
     swiglu: Callable[..., Tensor] = swiglu
     rotate: Callable[..., Tensor] = rotate
     norm_rotate: Callable[..., Tensor] = norm_rotate
+    index_query: Callable[..., Tensor] = index_query
+    index_key: Callable[..., Tensor] = index_key
     masked_softmax: Callable[..., Tensor] = masked_softmax
     weighted_sum: Callable[..., Tensor] = weighted_sum
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from keye.config import kernel_config
 from keye.errors import KeyeError
 from keye.ops.backend import REFERENCE, Backend, Selected, Stretch
+from keye.ops.cpu import elementwise as cpu_elementwise
 from keye.ops.cpu import gemv
 from keye.ops.cpu import quantized as packed
+from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.quantized import PackedWeight, QuantTensor
 
 BackendName = Literal["auto", "reference", "cpu", "triton"]
@@ -138,6 +140,13 @@ def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, dow
     if gemv.takes_experts(x, chosen, gate_up, down) and (library := _find_library(x)) is not None:
         return gemv.mix_experts(library, x, weights, chosen, gate_up, down)
     return None
+
+
+def find_elementwise(device: torch.device) -> Elementwise:
+    """The small operations for inference on a device: those of the compiled core, built where it was not, or plain."""
+    library = getattr(backends.of(device), "library", None)
+    core = None if library is None else library()
+    return PLAIN if core is None else cpu_elementwise.make(core)
 
 
 def pack_weight(weight: QuantTensor) -> PackedWeight | None:

@@ -210,7 +210,7 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("keye_dense", "keye_sparse", "keye_select", "keye_attend"):
         function = getattr(core, name)
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
-    for name in ("keye_linear", "keye_mix_experts"):
+    for name in ("keye_linear", "keye_mix_experts", "keye_norm"):
         getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
     quantized.declare(core)
     core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keye.ops import elementwise, scales
 from keye.ops.backend import REFERENCE, Stretch
+from keye.ops.cpu import elementwise as cpu_elementwise
 from keye.ops.cpu import gemv
 from keye.ops.cpu.backend import CpuBackend
 from keye.ops.cpu.quantized_trial import check_quantized
@@ -121,6 +122,27 @@ def check_few_rows(backend: CpuBackend) -> None:
     _compare(gemv.mix_experts(library, x, weights, chosen, gate_up, down), wanted, "a mixture of experts")
 
 
+def check_norms(backend: CpuBackend) -> None:
+    """Norms, rotations and transforms must be near the plain ones."""
+    library, generator = backend.library(), torch.Generator().manual_seed(2)
+    assert library is not None
+    small, plain = cpu_elementwise.make(library), elementwise.PLAIN
+    x = torch.randn(9, 4, 64, generator=generator).bfloat16()
+    weight, bias = torch.randn(2, 64, generator=generator).bfloat16()
+    cos, sin = torch.randn(2, 9, 32, generator=generator)
+    with torch.no_grad():
+        for used, name in ((small.rms_norm(x, weight, 1e-6), "rms_norm"),
+                           (small.norm_rotate(x, weight, 1e-6, cos, sin), "norm_rotate"),
+                           (small.index_query(x, weight, 1e-6, cos, sin), "index_query")):  # fmt: skip
+            rest = () if name == "rms_norm" else (cos, sin)
+            _compare(used, getattr(plain, name)(x, weight, 1e-6, *rest).float(), name)
+        ours = small.index_key(x, weight, bias, 1e-6, cos, sin)
+        _compare(ours, plain.index_key(x, weight, bias, 1e-6, cos, sin).float(), "index_key")
+        for ours, wanted in zip(small.add_rms_norm(x, x, weight, 1e-6), plain.add_rms_norm(x, x, weight, 1e-6),
+                                strict=True):  # fmt: skip
+            _compare(ours, wanted.float(), "add_rms_norm")
+
+
 def _compare(ours: Tensor, wanted: Tensor, what: str) -> None:
     difference = float((ours.float() - wanted).abs().max() / wanted.abs().max())
     assert difference <= TOLERANCE[torch.bfloat16], f"{what} differs from the reference by {difference:.2g}"
@@ -136,6 +158,7 @@ def main(path: str) -> None:
         for kind in kinds:
             check(backend, dtype, kind)
     check_few_rows(backend)
+    check_norms(backend)
     library = backend.library()
     assert library is not None
     check_quantized(library)

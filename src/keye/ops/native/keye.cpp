@@ -1,6 +1,7 @@
 // Entry points: cuts a step into blocks of queries and runs them on a few threads.
 #include "dense.h"
 #include "gemv.h"
+#include "norms.h"
 #include "scales.h"
 #include "score.h"
 #include "threads.h"
@@ -25,6 +26,7 @@ struct Scratch {
     AttendScratch attend;
     DenseScratch dense;
     GemvScratch gemv;
+    NormScratch norm;
     Buffer<int32_t> sets;
 };
 
@@ -219,9 +221,30 @@ int attend_step(const KeyeStep &step, const KeyeStretch *stretches, int64_t coun
     });
 }
 
+int norm_rows(const KeyeNorm &call) {
+    constexpr int64_t SOME = 1 << 15;  // numbers that a thread takes at once
+    const int64_t rows = std::max<int64_t>(1, SOME / (call.heads * call.dim)), items = (call.rows + rows - 1) / rows;
+    NormScratch &scratch = scratch_of_thread().norm;
+    float *weight = scratch.weight.get(call.dim), *bias = nullptr;
+    load_plain(call.weight_dtype, call.weight, 0, (int)call.dim, weight);
+    if (call.bias) {
+        bias = scratch.bias.get(call.dim);
+        load_plain(call.weight_dtype, call.bias, 0, (int)call.dim, bias);
+    }
+    return run(items, items < 16 ? 1 : call.threads, [&](int64_t item) {
+        NormRow one(call, scratch_of_thread().norm, weight, bias);
+        for (int64_t row = item * rows; row < std::min(call.rows, (item + 1) * rows); row++)
+            for (int64_t head = 0; head < call.heads; head++) one.compute(row, head);
+    });
+}
+
 }  // namespace
 
 extern "C" {
+
+int keye_norm(const KeyeNorm *call) {
+    return guarded([&] { return norm_rows(*call); });
+}
 
 int keye_linear(const KeyeLinear *call) {
     return guarded([&] { return linear(*call, scratch_of_thread().gemv); });

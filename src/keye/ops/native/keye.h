@@ -65,6 +65,19 @@ struct KeyeExperts {
     int64_t gate_up_bytes, down_bytes, experts, tokens, top_k, width, inner, threads;
 };
 
+// Rows [rows, heads, dim] of x, `stride` numbers apart, to contiguous `out`, all of one dtype: with `delta` it is added
+// first and the sum written to `sum`, then norm over dim (`is_centred`: with its mean), times weight [dim], plus bias,
+// rotary embedding by cos and sin [rows, dim / 2], Hadamard transform; null pointers leave a part out. dim is a multiple
+// of 32.
+struct KeyeNorm {
+    const void *x, *delta, *weight, *bias;
+    const float *cos, *sin;
+    void *out, *sum;
+    int64_t rows, heads, dim, stride;
+    float eps;
+    int32_t dtype, weight_dtype, is_centred, has_hadamard, threads;
+};
+
 // Weights of `matrices` matrices [outputs, inner], packed by keye_quant_pack (see quant.h). `bits` 4 or 8; `step` 32 or 64
 // columns share a scale in memory; scale_kind is that of scales and minima.
 struct KeyeQuant {
@@ -104,6 +117,7 @@ struct KeyeQuantExperts {
 };
 
 // All return 0, or 1 when memory ran out.
+int keye_norm(const KeyeNorm *call);
 int keye_linear(const KeyeLinear *call);
 int keye_mix_experts(const KeyeExperts *call);
 int keye_dense(const KeyeStep *step, const KeyeStretch *stretches, int64_t count);

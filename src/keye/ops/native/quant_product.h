@@ -4,9 +4,10 @@
 
 namespace keye {
 
-constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed
+constexpr int AHEAD = 8192;  // bytes by which weights are asked for before they are needed
 
-// ROWS rows against one pair: sums [ROWS][32]. `fetch` reads ahead, which pays where the weights come from memory.
+// ROWS rows against one pair: sums [ROWS][32]. `fetch` reads ahead, which pays where the weights come from memory; they are
+// not worth a place in the caches that are kept for longer.
 template <int BITS, int ROWS>
 inline void product_tile(const Layout &layout, const char *block, const Group *const *rows, bool fetch, float *out) {
     constexpr int COLUMNS = BITS == 4 ? 8 : 4;  // of a line
@@ -18,7 +19,7 @@ inline void product_tile(const Layout &layout, const char *block, const Group *c
     for (int64_t s = 0; s < layout.steps; s++, block += layout.block_bytes) {
         const int part = halves == 2 ? 0 : (int)(s & 1);
         if (fetch)
-            for (int at = 0; at < layout.block_bytes; at += 64) __builtin_prefetch(block + AHEAD + at);
+            for (int at = 0; at < layout.block_bytes; at += 64) __builtin_prefetch(block + AHEAD + at, 0, 0);
         I16 sums[ROWS][2];
         for (int r = 0; r < ROWS; r++) {
             const int32_t minus = halves == 2 ? group[r]->minus_sum : group[r]->minus_half[part];

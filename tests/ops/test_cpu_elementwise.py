@@ -1,0 +1,53 @@
+"""Norms by the compiled core against the plain ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from keye.ops.cpu import elementwise as cpu
+from keye.ops.elementwise import PLAIN, Elementwise
+
+
+@pytest.fixture
+def small(backend) -> Elementwise:
+    return cpu.make(backend.library())
+
+
+def near(ours: Tensor, wanted: Tensor) -> bool:
+    """Equal but for the last bit of a few numbers, which a norm's sum may round otherwise."""
+    step = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[wanted.dtype]
+    difference = (ours.float() - wanted.float()).abs()
+    bound = step * wanted.float().abs().clamp_min(1)
+    often = difference.ne(0).float().mean() < 0.1 or wanted.dtype == torch.float32
+    return ours.dtype == wanted.dtype and bool((difference <= bound).all()) and bool(often)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 700])
+@torch.no_grad()
+def test_norms_and_rotations_are_the_plain_ones(small: Elementwise, dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(rows)
+    torch.set_num_threads(1 + rows % 2)
+    x, delta, weight = (torch.randn(n, 192).to(dtype) for n in (rows, rows, 1))
+    weight = weight[0]
+    assert near(small.rms_norm(x, weight, 1e-6), PLAIN.rms_norm(x, weight, 1e-6))
+    assert all(map(near, small.add_rms_norm(x, delta, weight, 1e-6), PLAIN.add_rms_norm(x, delta, weight, 1e-6)))
+    wide = torch.randn(rows, 3 * 64 + 5).to(dtype)
+    heads, (cos, sin) = wide[:, : 3 * 64].unflatten(-1, (3, 64)), torch.randn(2, rows, 32)
+    norm, bias = torch.randn(2, 64).to(dtype)
+    for x in (heads, heads.contiguous()):
+        assert near(small.norm_rotate(x, norm, 1e-6, cos, sin), PLAIN.norm_rotate(x, norm, 1e-6, cos, sin))
+        assert near(small.index_query(x, norm, 1e-6, cos, sin), PLAIN.index_query(x, norm, 1e-6, cos, sin))
+        assert near(small.index_key(x, norm, bias, 1e-6, cos, sin), PLAIN.index_key(x, norm, bias, 1e-6, cos, sin))
+
+
+def test_what_the_core_does_not_take_is_computed_plainly(best_backend) -> None:
+    small = cpu.make(best_backend.library())
+    x, weight = torch.randn(3, 20, requires_grad=True), torch.ones(20)
+    small.rms_norm(x, weight, 1e-6).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        assert torch.equal(small.rms_norm(x, weight, 1e-6), PLAIN.rms_norm(x, weight, 1e-6))
+        assert small.rms_norm(x[:0], weight, 1e-6).shape == (0, 20)
