@@ -58,9 +58,9 @@ def test_without_weights_only_small_files_come(remote: FakeHub, tmp_path: Path) 
     assert names(folder) >= set(SHARDS)
 
 
-def test_gguf_is_refused_before_it_is_fetched(remote: FakeHub, tmp_path: Path) -> None:
+def test_a_repository_of_gguf_files_is_not_fetched(remote: FakeHub, tmp_path: Path) -> None:
     remote.files = {**SMALL, "model.gguf": b"GGUF"}
-    with pytest.raises(KeyeError, match="weights as GGUF, which keye does not read yet: choose the safetensors"):
+    with pytest.raises(KeyeError, match="its weights as GGUF in several files: fetch one of them and its mmproj"):
         resolve(remote, tmp_path)
     assert not any("gguf" in request for request in map(str, remote.requests))
 

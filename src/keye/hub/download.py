@@ -148,12 +148,13 @@ def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progr
 
 
 def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
+    has_tensors = any(file.name.endswith(".safetensors") for file in files)
+    if not has_tensors and any(file.name.lower().endswith(".gguf") for file in files):
+        raise KeyeError(f"{name} on the hub holds its weights as GGUF in several files: fetch one of them and its mmproj "
+                        f"(hf download {name} FILE), and give that file.")  # fmt: skip
     if not any(file.name == "config.json" for file in files):
         raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
-    if weights and files and not any(file.name.endswith(".safetensors") for file in files):
-        if any(file.is_weight for file in files):
-            raise KeyeError(f"{name} on the hub holds its weights as GGUF, which keye does not read yet: choose the "
-                            "safetensors release.")  # fmt: skip
+    if weights and files and not has_tensors:
         raise KeyeError(f"{name} on the hub holds no safetensors weights; keye opens no pickle: choose a release that "
                         "does.")  # fmt: skip
 
