@@ -49,3 +49,13 @@ def test_mmproj_is_for_gguf_files(run: Callable, files: tuple[Path, Path], tmp_p
     result = run("ask", asset("demo.mp4"), "what?", "--mmproj", files[1])
     assert result.code == 2
     assert "--mmproj is for a model in a GGUF file" in result.err
+
+
+def test_a_gguf_file_of_8_bits_is_quantised(run: Callable, files: tuple[Path, Path], tmp_path: Path) -> None:
+    question = asset("demo.mp4"), "when is the cyan triangle visible?", "--json"
+    model, vision = files[0], ("--mmproj", files[1])
+    result = run("quantize", model, *vision, "--to", "int4", "-o", tmp_path / "int4")
+    assert result.code == 0, result.err
+    assert not (tmp_path / "int4" / "gguf.link").exists()
+    small = run("ask", "--model", tmp_path / "int4", *question).data["text"]
+    assert small == run("ask", "--model", model, *vision, "--quant", "int4", *question).data["text"]

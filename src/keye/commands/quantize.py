@@ -32,12 +32,13 @@ _MIB = 1 << 20
               help="Answer prompts first and weigh errors by what the matrices meet: generated clips, a file with a "
                    "question a line, a manifest of keye batch, or a folder of media.")  # fmt: skip
 @click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads for --data-aware.")
+@options.mmproj
 @options.overwrite
 @options.as_json
 @options.debug
 def quantize(
     model: str, kind: str, output: Path, group: int | None, parts: tuple[str, ...], prompts: str | None,
-    threads: int | None, overwrite: bool, as_json: bool,
+    threads: int | None, mmproj: Path | None, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Write a model with weights of 4 or 8 bits to a new folder, which every command takes as a model.
 
@@ -58,10 +59,10 @@ def quantize(
 
     policy = make_policy(kind, group, dict(map(parse_part, parts)))
     check_new_folder(output, overwrite=overwrite)
-    load_model_config(inputs.find_model(model, weights=False))  # weights that cannot be read are not downloaded
-    folder = inputs.find_model(model)
+    load_model_config(inputs.find_model(model, mmproj, weights=False))  # what cannot be read is not downloaded
+    folder = inputs.find_model(model, mmproj)
     config = load_model_config(folder)
-    calibrate = None if prompts is None else _calibration(model, folder, config, prompts, threads)
+    calibrate = None if prompts is None else _calibration(model, mmproj, folder, config, prompts, threads)
     with show.progress_bar("quantising (MiB)", notes=True) as advance:
         report = quantize_checkpoint(
             folder, config, output, policy, calibrate=calibrate, calibration=prompts, overwrite=overwrite,
@@ -75,7 +76,7 @@ def quantize(
 
 
 def _calibration(
-    model: str, folder: Path, config: KeyeConfig, prompts: str, threads: int | None
+    model: str, mmproj: Path | None, folder: Path, config: KeyeConfig, prompts: str, threads: int | None
 ) -> Callable[[], Mapping[str, Tensor]]:
     """Has the model answer prompts; one that does not fit the free memory answers them in int4."""
     from keye.evals.calibration import measure_importance, read_prompts
@@ -85,12 +86,20 @@ def _calibration(
     def calibrate() -> Mapping[str, Tensor]:
         from keye.cache.slabs import free_memory
         from keye.commands.shared import inputs, show
-        from keye.weights.safetensors import weight_files
+        from keye.weights.open import open_weights
 
-        needed = sum(file.stat().st_size for file in weight_files(folder))
+        files = {Path(tensor.place[0]) for tensor in open_weights(folder).values()}
+        needed = sum(file.stat().st_size for file in files)
         free = free_memory("cpu")
         quant = "int4" if free is not None and needed > 0.8 * free else None
-        arguments = {"model": model, "device": "cpu", "dtype": None, "threads": threads, "quant": quant}
+        arguments = {
+            "model": model,
+            "mmproj": mmproj,
+            "device": "cpu",
+            "dtype": None,
+            "threads": threads,
+            "quant": quant,
+        }
         loaded = inputs.load_model(arguments)
         with show.progress_bar("answering prompts", notes=True) as advance:
             counts = measure_importance(loaded, conversations, advance)

@@ -150,8 +150,8 @@ def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progr
 def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
     has_tensors = any(file.name.endswith(".safetensors") for file in files)
     if not has_tensors and any(file.name.lower().endswith(".gguf") for file in files):
-        raise KeyeError(f"{name} on the hub holds its weights as GGUF in several files: fetch one of them and its mmproj "
-                        f"(hf download {name} FILE), and give that file.")  # fmt: skip
+        raise KeyeError(f"{name} on the hub holds its weights as GGUF in several files: fetch one of them and its "
+                        f"mmproj (hf download {name} FILE), and give that file.")  # fmt: skip
     if not any(file.name == "config.json" for file in files):
         raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
     if weights and files and not has_tensors:

@@ -108,11 +108,11 @@ def check_fit(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> LoadRe
 
 
 def check_not_quantised(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> None:
-    """`WeightsError` for weights that are quantised already. Float8 with a scale for each block is what the official
-    files of 671B hold, so that nothing better is there to begin with."""
+    """`WeightsError` for weights that keye has quantised, and for ones of 4 bits. Others may be all that there is:
+    float8 with a scale for each block, as in the official files of 671B, or a GGUF file in Q8_0."""
     stored = stored_policy(config)
     kinds = (t.format.kind for t in tensors.values() if t.format is not None)
-    kind = stored.kind if stored else next((kind for kind in kinds if kind != "fp8"), None)
+    kind = stored.kind if stored else next((kind for kind in kinds if kind == "int4"), None)
     if kind is not None:
         raise WeightsError(f"the weights are quantised already ({kind}), and would lose more if they were quantised "
                            "again: take the model that they were made of, or load them as they are")  # fmt: skip

@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint folder: the small files that every part of keye reads, made of the metadata.
 
-The folder is temporary and holds no weights but a note of where they are (`gguf.json`), which `open_linked` follows.
+The folder is temporary and holds no weights but a note of where they are (`gguf.link`), which `open_linked` follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from keye.weights.gguf.metadata import check_vision, read_config, read_files
 from keye.weights.gguf.reader import GGUFError, is_gguf, read_gguf
 from keye.weights.gguf.tokens import read_template, read_tokenizer, read_tokens
 
-LINK: Final = "gguf.json"
+#: Not called .json: commands that copy a checkpoint's small files leave it out.
+LINK: Final = "gguf.link"
 
 
 def small_files(model: Path, mmproj: Path | None = None) -> Path:
