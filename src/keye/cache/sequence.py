@@ -107,11 +107,14 @@ class KVCache:
         return self._format(name).decode(self._table.gather(name, layer, positions))
 
     def read_range(self, layer: int, name: str, start: int, stop: int) -> Tensor:
-        """The rows [stop - start, H, D] of a name at positions start .. stop."""
+        """The rows [stop - start, H, D] of a name at positions start .. stop; scanned ones that are stored as int8 are
+        exact, in float32."""
         assert stop <= self._lengths[layer]
         first, last = start // KV_BLOCK, -(-stop // KV_BLOCK)
         rows = torch.cat([block.slab.rows[name][layer, block.slot] for block in self.block_table[first:last]])
-        return self._format(name).decode(rows[start - first * KV_BLOCK : stop - first * KV_BLOCK])
+        assert self.store is not None
+        exact = torch.float32 if name in self.store.layout.scanned and self._format(name).kind == "int8" else None
+        return self._format(name).decode(rows[start - first * KV_BLOCK : stop - first * KV_BLOCK], exact)
 
     def layer_blocks(self, layer: int) -> Mapping[str, BlockRows] | None:
         """Where the KV blocks of a layer are, by the names of rows. None before anything was stored."""

@@ -28,7 +28,8 @@ class Stretch:
     """Rows `start .. stop` of a step: tokens of one sequence, the first at absolute position `first`. Their own keys
     are already stored. `counts` int64 [>= first + stop - start], if given, counts how often each key was selected.
 
-    `rows` and `key_tiles` read what is stored; `blocks` says where the same rows are, by their names (`k`, `v` and, in
+    `rows` and `key_tiles` read what is stored, keys of tiles exactly: where they are int8, queries are rounded as well,
+    by `reference.round_queries`. `blocks` says where the same rows are, by their names (`k`, `v` and, in
     sparse models, `indexer_k`), None where they are not in KV blocks. `fixed` asks for results that do not depend on
     which queries are computed together.
     """
@@ -88,6 +89,8 @@ class ReferenceBackend:
     def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
         part = slice(stretch.start, stretch.stop)
         assert stretch.key_tiles is not None
+        if stretch.blocks is not None and stretch.blocks["indexer_k"].format.kind == "int8":
+            indexer_q = reference.round_queries(indexer_q)
         return reference.select_topk(indexer_q[part], gate[part], stretch.key_tiles, stretch.first, topk)
 
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:

@@ -69,6 +69,14 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
+def round_queries(x: Tensor) -> Tensor:
+    """Rounds vectors to int8 codes times a power of two each, the smallest for which codes stay in -127 .. 127: what
+    meets indexer keys that are stored as int8. Exact in every floating dtype, and rounding twice changes nothing."""
+    mantissa, exponent = torch.frexp(x.float().abs().amax(-1, keepdim=True))
+    exponent = torch.where(mantissa > 127 / 128, exponent - 6, exponent - 7).clamp_min(-100)
+    return torch.ldexp(torch.ldexp(x.float(), -exponent).round(), exponent).to(x.dtype)
+
+
 def indexer_scores(q_TJI: Tensor, k_SI: Tensor, gate_TJ: Tensor) -> Tensor:
     """I[t,s] without mask, float32 [T, S]. The definition; `select_topk` computes the same in blocks."""
     logits_TJS = torch.matmul(q_TJI.float(), k_SI.float().transpose(-1, -2))

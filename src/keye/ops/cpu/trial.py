@@ -48,15 +48,16 @@ class Problem:
             self.blocks[name] = BlockRows(form, memory.data_ptr() + torch.arange(blocks) * form.block_bytes)
             self.memory[name] = memory  # must outlive the addresses
 
-    def _decode(self, name: str, positions: Tensor) -> Tensor:
+    def _decode(self, name: str, positions: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         form = self.blocks[name].format
-        return form.decode(self.memory[name].view(-1, form.row_bytes)[positions], self.dtype)
+        return form.decode(self.memory[name].view(-1, form.row_bytes)[positions], dtype or self.dtype)
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._decode("k", positions), self._decode("v", positions)
 
     def indexer_keys(self, start: int, stop: int) -> Tensor:
-        return self._decode("indexer_k", torch.arange(start, stop))[:, 0]
+        exact = torch.float32 if self.blocks["indexer_k"].format.kind == "int8" else None
+        return self._decode("indexer_k", torch.arange(start, stop), exact)[:, 0]
 
     def stretch(self, start: int, n: int, fixed: bool = False, counts: Tensor | None = None) -> Stretch:
         """The last `n` tokens as queries, at rows start .. start + n of the step."""
@@ -65,11 +66,11 @@ class Problem:
         )
 
 
-def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None) -> None:
+def check(backend: CpuBackend, dtype: torch.dtype, kind: RowKind | None, indexer_kind: RowKind | None = None) -> None:
     """Selection must be equal (integers: exact scores), outputs near; `AssertionError` otherwise."""
     generator = torch.Generator().manual_seed(0)
     for length, n, topk in ((70, 70, 70), (700, 40, 90), (333, 1, 64)):
-        problem = Problem(length, 2, 64, 64, dtype, generator, kind=kind, integers=True)
+        problem = Problem(length, 2, 64, 64, dtype, generator, kind, indexer_kind, integers=True)
         q = torch.randn(n, 8, 64, generator=generator).to(dtype)
         indexer_q = torch.randint(-2, 3, (n, 4, 64), generator=generator).to(dtype)
         gate = torch.randint(-2, 3, (n, 4), generator=generator).float()
@@ -157,6 +158,7 @@ def main(path: str) -> None:
     for dtype in TOLERANCE:
         for kind in kinds:
             check(backend, dtype, kind)
+        check(backend, dtype, None, indexer_kind="int8")
     check_few_rows(backend)
     check_norms(backend)
     library = backend.library()

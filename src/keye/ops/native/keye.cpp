@@ -99,6 +99,10 @@ void attend(const KeyeStep &step, const Block &block, const Sets &sets, Scratch 
 void score(const KeyeStep &step, const Block &block, int64_t from, int64_t to, ScoreScratch &scratch) {
     // Keys that are stored in more detail than bfloat16 are not rounded to it.
     const int32_t kind = block.stretch->indexer_k.kind;
+    if (kind == KEYE_INT8) {
+        score_range<I8>(step, *block.stretch, block.begin, block.n, from, to, scratch);
+        return;
+    }
     const bool detailed = kind == KEYE_FLOAT32 || kind == KEYE_FLOAT16;
     with_product(detailed ? (int32_t)KEYE_FLOAT32 : step.indexer_dtype, [&](auto product) {
         score_range<decltype(product)>(step, *block.stretch, block.begin, block.n, from, to, scratch);

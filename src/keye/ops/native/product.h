@@ -1,7 +1,7 @@
-// The two kinds of matrix product: float32, and bfloat16 with float32 sums.
+// The kinds of matrix product: float32, bfloat16 with float32 sums, and for scores int8 with exact sums.
 //
-// Both work on units of four bytes: one float, or two neighbouring bfloat16. A kernel written once over units serves
-// both. (Units are moved as floats whatever they hold; the build passes -fno-strict-aliasing.)
+// All work on units of four bytes: one float, two neighbouring bfloat16, four codes. A kernel written once over units
+// serves all. (Units are moved as floats whatever they hold; the build passes -fno-strict-aliasing.)
 #pragma once
 #if defined(KEYE_AVX512)
 #include "simd_avx512.h"
@@ -44,6 +44,22 @@ struct BF16 {
     static void store(uint16_t *p, V x) { _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 };
 #endif
+
+// Codes in -127 .. 127. Where the processor multiplies unsigned codes by signed ones, those of keys are read with BIAS
+// added, and a sum begins at what that adds to it in the end.
+struct I8 {
+    using Elem = int8_t;
+    static constexpr int PAIR = 4;
+#if defined(KEYE_VNNI)
+    static constexpr int BIAS = 128;
+    static VI key(const float *p) { return viflip(viload(p)); }
+    static VI madd(VI sum, VI q, VI k) { return vidot_unsigned(sum, k, q); }
+#else
+    static constexpr int BIAS = 0;
+    static VI key(const float *p) { return viload(p); }
+    static VI madd(VI sum, VI q, VI k) { return vidot_signed(sum, q, k); }
+#endif
+};
 
 // 2 ** x for x <= 0, relative error 1.2e-7 (Taylor of degree 6 on [-1/2, 1/2]). Below -126 the result is 2 ** -126, which
 // no sum beside a term of 1 can see; -inf gives the same, so masked entries must be cleared by the caller.

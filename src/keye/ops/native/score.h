@@ -2,7 +2,11 @@
 //
 // I[t,s] = sum_j gate[t,j] * relu(q[t,j] . k[s]). Keys are in the lanes of vectors; each score is one chain of products
 // over dimensions and one over heads, in fixed order. It is therefore the same to the last bit in every block and tile.
+//
+// Keys that are stored as int8 meet queries that are rounded to int8 (`round_queries` of keye/ops/reference.py): codes
+// are multiplied exactly, the scale of a query is part of its gates, and that of a key multiplies its score.
 #pragma once
+#include <type_traits>
 #include "memory.h"
 #include "rows.h"
 #include "tiles.h"
@@ -19,15 +23,23 @@ constexpr int HEAD_MULTIPLE = 1;
 constexpr int SCORE_TILE = 192;  // keys packed at once: a multiple of LANES * SCORE_PANELS that fits the first cache
 
 struct ScoreScratch {
-    Buffer<float> queries, keys, row;
+    Buffer<float> queries, keys, row, gates, key_scales;
+    Buffer<int32_t> sums;
     Buffer<float> scores;
     Buffer<int32_t> positions, ordered;
     Buffer<Candidates> candidates;
 };
 
-// HEADS heads against PANELS panels of keys; adds gate * relu(product) to each panel's scores.
+// The heads of one query: operands, gates, and where sums of codes begin.
+struct QueryHeads {
+    const float *q, *gate;
+    const int32_t *sums;
+};
+
+// HEADS heads from `j` on against PANELS panels of keys; adds gate * relu(product) to each panel's scores.
 template <class P, int HEADS, int PANELS>
-inline void score_heads(const float *q, int units, const float *keys, const float *gate, V *scores) {
+inline void score_heads(const QueryHeads &query, int j, int units, const float *keys, V *scores) {
+    const float *q = query.q + (int64_t)j * units;
     V sum[HEADS][PANELS];
     for (int h = 0; h < HEADS; h++)
         for (int p = 0; p < PANELS; p++) sum[h][p] = vzero();
@@ -41,7 +53,27 @@ inline void score_heads(const float *q, int units, const float *keys, const floa
     }
     for (int h = 0; h < HEADS; h++)
         for (int p = 0; p < PANELS; p++)
-            scores[p] = vfma(vset1(gate[h]), vmax(vzero(), sum[h][p]), scores[p]);  // this order keeps NaN
+            scores[p] = vfma(vset1(query.gate[j + h]), vmax(vzero(), sum[h][p]), scores[p]);  // this order keeps NaN
+}
+
+// The same of codes.
+template <int HEADS, int PANELS>
+inline void score_codes(const QueryHeads &query, int j, int units, const float *keys, V *scores) {
+    const int32_t *q = (const int32_t *)query.q + (int64_t)j * units;
+    VI sum[HEADS][PANELS];
+    for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < PANELS; p++) sum[h][p] = viset1(query.sums[j + h]);
+    for (int u = 0; u < units; u++) {
+        VI k[PANELS];
+        for (int p = 0; p < PANELS; p++) k[p] = I8::key(keys + ((int64_t)p * units + u) * LANES);
+        for (int h = 0; h < HEADS; h++) {
+            VI x = viset1(q[h * units + u]);
+            for (int p = 0; p < PANELS; p++) sum[h][p] = I8::madd(sum[h][p], x, k[p]);
+        }
+    }
+    for (int h = 0; h < HEADS; h++)
+        for (int p = 0; p < PANELS; p++)
+            scores[p] = vfma(vset1(query.gate[j + h]), vmax(vzero(), vfrom_int(sum[h][p])), scores[p]);
 }
 
 #if defined(KEYE_AMX)
@@ -62,20 +94,23 @@ inline void score_tiles(const float *q, int heads, int units, const float *keys,
 
 // All heads of one query against SCORE_PANELS panels.
 template <class P>
-inline void score_panels(const float *q, int heads, int units, const float *keys, const float *gate, V *scores) {
+inline void score_panels(const QueryHeads &query, int heads, int units, const float *keys, V *scores) {
     for (int p = 0; p < SCORE_PANELS; p++) scores[p] = vzero();
 #if defined(KEYE_AMX)
     if constexpr (P::PAIR == 2) {
-        score_tiles(q, heads, units, keys, gate, scores);
+        score_tiles(query.q, heads, units, keys, query.gate, scores);
         return;
     }
 #endif
+    auto heads_from = [&](auto count, int j) {
+        if constexpr (P::PAIR == 4) score_codes<count.value, SCORE_PANELS>(query, j, units, keys, scores);
+        else score_heads<P, count.value, SCORE_PANELS>(query, j, units, keys, scores);
+    };
     int j = 0;
-    for (; j + SCORE_HEADS <= heads; j += SCORE_HEADS)
-        score_heads<P, SCORE_HEADS, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
+    for (; j + SCORE_HEADS <= heads; j += SCORE_HEADS) heads_from(std::integral_constant<int, SCORE_HEADS>(), j);
     if constexpr (SCORE_HEADS > 4)
-        for (; j + 4 <= heads; j += 4) score_heads<P, 4, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
-    for (; j < heads; j++) score_heads<P, 1, SCORE_PANELS>(q + j * units, units, keys, gate + j, scores);
+        for (; j + 4 <= heads; j += 4) heads_from(std::integral_constant<int, 4>(), j);
+    for (; j < heads; j++) heads_from(std::integral_constant<int, 1>(), j);
 }
 
 // Packs the indexer keys of positions start .. stop into panels; lanes beyond `stop` repeat the last key.
@@ -97,19 +132,83 @@ inline void pack_indexer_keys(const Source<P> &source, int64_t start, int64_t st
     }
 }
 
+// The same of int8 rows, and their scales.
+inline void pack_indexer_codes(const KeyeRows &rows, int units, int64_t start, int64_t stop, float *copies, float *panels,
+                               float *scales) {
+    for (int64_t at = start; at < stop; at += LANES) {
+        const float *lanes[LANES];
+        for (int i = 0; i < LANES; i++) {
+            const char *row = row_of(rows, std::min(at + i, stop - 1));
+            uint16_t bits;
+            std::memcpy(&bits, row + rows.dim, 2);
+            scales[at - start + i] = from_bfloat(bits);
+            lanes[i] = (const float *)row;
+            if (rows.dim != units * 4) {  // never read beyond a row; what the copy has behind it meets zeros
+                std::memcpy(copies + i * units, row, (size_t)rows.dim);
+                lanes[i] = copies + i * units;
+            }
+        }
+        pack_panel(lanes, units, panels + (at - start) * units);
+    }
+}
+
+// A query's head as codes; returns its scale, a power of two. NaN where it has numbers that are not finite.
+inline float round_query(const float *x, int dim, int8_t *codes) {
+    float largest = 0, total = 0;
+    for (int i = 0; i < dim; i++) {
+        largest = std::max(largest, std::fabs(x[i]));
+        total += x[i];
+    }
+    if (!(std::fabs(total) + largest < INFINITY)) return NAN;
+    int exponent;
+    const float mantissa = std::frexp(largest, &exponent);
+    exponent = std::max(exponent - (mantissa > 127.0f / 128 ? 6 : 7), -100);
+    const float inverse = std::ldexp(1.0f, -exponent);  // exact, as the products are
+    for (int i = 0; i < dim; i++) codes[i] = (int8_t)std::nearbyint(x[i] * inverse);
+    return std::ldexp(1.0f, exponent);
+}
+
+// Queries begin .. begin + n of a step as operands with their gates.
+template <class P>
+inline void load_indexer_queries(const KeyeStep &step, int64_t row, int n, int units, int64_t stride_q,
+                                 ScoreScratch &scratch) {
+    const int heads = step.indexer_heads, dim = step.indexer_dim;
+    float *q = scratch.queries.get(n * stride_q), *gates = scratch.gates.get((int64_t)n * heads);
+    int32_t *sums = scratch.sums.get((int64_t)n * heads);
+    std::fill(q, q + n * stride_q, 0.0f);
+    std::copy_n(step.gate + row * heads, (int64_t)n * heads, gates);
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < heads; j++) {
+            alignas(64) float x[MAX_DIM];
+            load_plain(step.indexer_dtype, step.indexer_q, ((row + i) * heads + j) * dim, dim, x);
+            typename P::Elem *to = (typename P::Elem *)(q + i * stride_q + (int64_t)j * units);
+            if constexpr (P::PAIR == 4) {
+                gates[i * heads + j] *= round_query(x, dim, to);
+                int total = 0;
+                for (int d = 0; d < dim; d++) total += to[d];
+                sums[i * heads + j] = -P::BIAS * total;
+            } else {
+                to_operand<P>(x, dim, units * P::PAIR, to);
+            }
+        }
+}
+
 // Leaves in scratch.candidates the best of the keys from .. to for queries begin .. begin + n of a stretch (counted from
 // its first).
 template <class P>
 void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin, int n, int64_t from, int64_t to,
                  ScoreScratch &scratch) {
-    const Source<P> source(stretch.indexer_k, 32);
-    const int heads = step.indexer_heads, padded = source.padded, units = padded / P::PAIR, topk = step.topk;
+    const KeyeRows &rows = stretch.indexer_k;
+    const int heads = step.indexer_heads, topk = step.topk;
+    const int units = (int)round_up(rows.dim, P::PAIR == 4 ? 64 : 32) / P::PAIR;
     const int64_t first = stretch.first + begin, row = stretch.start + begin;
     const int64_t stride_q = round_up(heads, HEAD_MULTIPLE) * units;
-    float *q = scratch.queries.get(n * stride_q);
-    std::fill(q, q + n * stride_q, 0.0f);
+    load_indexer_queries<P>(step, row, n, units, stride_q, scratch);
+    const float *q = scratch.queries.get(0), *gates = scratch.gates.get(0);
+    const int32_t *sums = scratch.sums.get(0);
     float *panels = scratch.keys.get((int64_t)(SCORE_TILE + LANES * SCORE_PANELS) * units);
     float *decoded = scratch.row.get((int64_t)LANES * units);
+    float *scales = scratch.key_scales.get(SCORE_TILE + LANES * SCORE_PANELS);
     const int capacity = topk_capacity(topk), stride = capacity + 2 * LANES;
     float *scores = scratch.scores.get((int64_t)n * stride);
     int32_t *positions = scratch.positions.get((int64_t)n * stride);
@@ -119,21 +218,16 @@ void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
 #if defined(KEYE_AMX)
     tile_begin();
 #endif
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         candidates[i].begin(scores + (int64_t)i * stride, positions + (int64_t)i * stride, capacity);
-        for (int j = 0; j < heads; j++) {
-            alignas(64) float x[MAX_DIM];
-            load_plain(step.indexer_dtype, step.indexer_q, ((row + i) * heads + j) * step.indexer_dim, step.indexer_dim, x);
-            to_operand<P>(x, step.indexer_dim, padded, (typename P::Elem *)(q + i * stride_q + (int64_t)j * units));
-        }
-    }
     to = std::min(to, first + n);
     for (int64_t tile = from; tile < to; tile += SCORE_TILE) {
         const int64_t stop = std::min(to, tile + SCORE_TILE);
-        pack_indexer_keys(source, tile, stop, decoded, panels);
+        if constexpr (P::PAIR == 4) pack_indexer_codes(rows, units, tile, stop, decoded, panels, scales);
+        else pack_indexer_keys(Source<P>(rows, 32), tile, stop, decoded, panels);
         for (int i = 0; i < n; i++) {
             Candidates &c = candidates[i];
-            const float *gate = step.gate + (row + i) * heads;
+            const QueryHeads query{q + i * stride_q, gates + (int64_t)i * heads, sums + (int64_t)i * heads};
             const int64_t visible = std::min(stop, first + i + 1);
             for (int64_t at = tile; at < visible; at += LANES * SCORE_PANELS) {
                 if (c.count + LANES * SCORE_PANELS > c.capacity) {
@@ -142,10 +236,11 @@ void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
                     clock.add(&Phases::select);
                 }
                 V s[SCORE_PANELS];
-                score_panels<P>(q + i * stride_q, heads, units, panels + (at - tile) * units, gate, s);
+                score_panels<P>(query, heads, units, panels + (at - tile) * units, s);
                 for (int p = 0; p < SCORE_PANELS; p++) {
                     int64_t left = visible - at - p * LANES;
                     if (left <= 0) break;
+                    if constexpr (P::PAIR == 4) s[p] = vmul(s[p], vload(scales + (at - tile) + p * LANES));
                     uint32_t valid = left >= LANES ? (1u << LANES) - 1 : (1u << left) - 1;
                     offer(c, s[p], (int32_t)(at + p * LANES), valid);
                 }

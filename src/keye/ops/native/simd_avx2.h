@@ -47,6 +47,25 @@ inline V vscale2(V x, V n) {
     return _mm256_mul_ps(x, _mm256_castsi256_ps(exponent));
 }
 
+// Vectors of LANES integers, or of four times as many codes.
+using VI = __m256i;
+inline VI viload(const void *p) { return _mm256_loadu_si256((const __m256i *)p); }
+inline VI viset1(int32_t x) { return _mm256_set1_epi32(x); }
+inline VI viflip(VI x) { return _mm256_xor_si256(x, _mm256_set1_epi8((char)0x80)); }
+inline V vfrom_int(VI x) { return _mm256_cvtepi32_ps(x); }
+// Each integer of `sum` grows by the products of its four codes of a and b: those of a unsigned, or both in -127 .. 127.
+#if defined(KEYE_VNNI)
+// (By hand: gcc 12 copies every sum around its intrinsic, which takes twice as long as the products.)
+inline VI vidot_unsigned(VI sum, VI a, VI b) {
+    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+}
+#endif
+inline VI vidot_signed(VI sum, VI a, VI b) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
 // Appends the scores whose mask bit is set, and their positions first + lane.
 inline int vcompress(uint32_t mask, V scores, int32_t first, float *out_scores, int32_t *out_positions) {
     alignas(32) float lanes[8];

@@ -32,6 +32,26 @@ inline float vlargest(V x) { return _mm512_reduce_max_ps(x); }
 inline V vround(V x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline V vscale2(V x, V n) { return _mm512_scalef_ps(x, n); }
 
+// Vectors of LANES integers, or of four times as many codes.
+using VI = __m512i;
+inline VI viload(const void *p) { return _mm512_loadu_si512(p); }
+inline VI viset1(int32_t x) { return _mm512_set1_epi32(x); }
+inline VI viflip(VI x) { return _mm512_xor_si512(x, _mm512_set1_epi8((char)0x80)); }
+inline V vfrom_int(VI x) { return _mm512_cvtepi32_ps(x); }
+// Each integer of `sum` grows by the products of its four codes of a and b: those of a unsigned, or both in -127 .. 127.
+#if defined(KEYE_VNNI)
+// (By hand: gcc 12 copies every sum around its intrinsic, which takes twice as long as the products.)
+inline VI vidot_unsigned(VI sum, VI a, VI b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+}
+#endif
+inline VI vidot_signed(VI sum, VI a, VI b) {
+    __m512i negated = _mm512_mask_sub_epi8(b, _mm512_movepi8_mask(a), _mm512_setzero_si512(), b);
+    __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(a), negated);
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
 // Appends the scores whose mask bit is set, and their positions first + lane. Writes up to LANES entries.
 inline int vcompress(uint32_t mask, V scores, int32_t first, float *out_scores, int32_t *out_positions) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from keye.ops.reference import round_queries
 from keye.ops.triton.layout import Batch, tuned
 from keye.ops.triton.rows import INTERPRETED, Operand, dot_dtype, launch_constants, load_rows, product, row_numbers
 
@@ -274,6 +275,8 @@ def select_rows(indexer_q: Tensor, gate: Tensor, batch: Batch, keys: Operand, to
 
     `indexer_q` [T, J, I], `gate` float32 [T, J], both contiguous; the batch says which of their rows are meant.
     """
+    if keys.format.kind == "int8":
+        indexer_q = round_queries(indexer_q)
     need, B, device = Room.of(batch.length, topk), batch.queries, indexer_q.device
     heads, dim = indexer_q.shape[1:]
     padded_heads = max(triton.next_power_of_2(heads), FEWEST_COLUMNS // batch.block)
