@@ -16,6 +16,7 @@ from keye.hub import asset
 from keye.models.outline import outline
 from keye.planning.machines import machine_table, markdown_table
 from keye.process import Memory, main_memory
+from tests.support.latent import latent_folder
 
 
 @pytest.fixture(autouse=True)
@@ -226,3 +227,18 @@ def test_a_quantised_folder_says_what_it_holds(run: Callable, tmp_path: Path) ->
         (tmp_path / "int4/quantization.json").write_text(damage)
         text = run("inspect", tmp_path / "int4").out
         assert "quantised to int4" in text and "indexer" in text
+
+
+def test_what_no_single_device_holds(run: Callable) -> None:
+    data = run("inspect", "671b", "--json").data
+    assert data["cards_of_80_gb"] == {"bf16": 32, "fp8": 16, "int8": 16, "int4": 8}
+    assert any("at least 32 in 16-bit" in note and "8 in int4" in note for note in data["notes"])
+    assert "it must come with the checkpoint" in run("inspect", "671b").out
+    assert "8 in int4 (359 GB of weights)" in run("plan", "--model", "671b", "--video", "2m").out
+    assert run("inspect", "2.0", "--json").data["cards_of_80_gb"] is None
+
+
+def test_a_float8_checkpoint(run: Callable, tmp_path: Path) -> None:
+    data = run("inspect", latent_folder(tmp_path / "model", float8=True), "--json").data
+    assert data["files"]["fits_config"] and data["files"]["bytes_by_dtype"].keys() == {"BF16", "F32", "F8_E4M3"}
+    assert {name.split(".")[2] for name in data["files"]["ignored"]} == {"3"}, "the draft layer"

@@ -189,7 +189,7 @@ def test_the_published_geometry_without_memory() -> None:
             "rope_scaling has short_factor, which keye does not",
         ),
         ({"rope_scaling": {"mrope_section": [2, 2, 2]}}, r"must sum to qk_rope_head_dim/2 = 4"),
-        ({"rope_scaling": {"mrope_section": [2, 2]}}, "must be three total numbers"),
+        ({"rope_scaling": {"mrope_section": [2, 2]}}, "must be three whole numbers"),
         ({"rope_scaling": {"rope_theta": 5}}, "rope_scaling.rope_theta 5 differs from rope_theta 10000"),
         ({"rope_scaling": 4}, "rope_scaling 4; it must be an object"),
         (

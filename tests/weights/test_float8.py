@@ -106,7 +106,7 @@ def test_layers_keep_float8_and_give_the_numbers_of_the_file(folder: Path) -> No
     model, report = load_model(folder, config, dtype=torch.float32)
     layer = model.model.layers[1]
     assert isinstance(layer.self_attn.o_proj, QuantLinear) and isinstance(layer.mlp.experts, QuantExperts)
-    assert layer.self_attn.o_proj.weight.codes.dtype == torch.float8_e4m3fn
+    assert layer.self_attn.o_proj.weight.format.kind == "fp8"
     assert {name.split(".")[2] for name in report.ignored} == {"3"} and not report.unused, "the draft layer"
     shards = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
@@ -123,7 +123,7 @@ def test_float8_can_be_quantised_again(folder: Path) -> None:
     config = load_model_config(folder)
     eight, _ = load_model(folder, config, dtype=torch.float32, quant="int8")
     plain, _ = load_model(folder, config, dtype=torch.float32)
-    assert eight.model.layers[1].self_attn.o_proj.weight.codes.dtype == torch.int8
+    assert eight.model.layers[1].self_attn.o_proj.weight.format.kind == "int8"
     off = (logits(eight) - logits(plain)).norm(dim=1) / logits(plain).norm(dim=1)
     assert off.median() < 0.1
 

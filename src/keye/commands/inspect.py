@@ -89,6 +89,7 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
     from keye.commands.shared.inputs import describing_folder
     from keye.config import read_json
     from keye.models.outline import active_parameters, outline, parameters_by_part, read_parameters
+    from keye.planning.cards import cards_sentence, cards_to_dict, count_cards
     from keye.planning.machines import read_bandwidth, recommend
     from keye.planning.placement import ModelSizes
     from keye.process import memories
@@ -112,6 +113,9 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
     weights = {name: read * size for name, size in FORMATS.items()}
     weights |= {name: sum(sizes.parts[name].values()) for name in QUANTISED}
     kinds = {quantised["kind"]: files["bytes"]} if files is not None and quantised is not None else weights
+    cards = count_cards(model_outline)
+    if cards:
+        notes.append(f"{cards_sentence(cards)}.")
     recommended = (
         None
         if quantised
@@ -134,7 +138,7 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
         },
         "files": files, "memory": [asdict(device) for device in memory],
         "fits": [fit(model_outline, size, device, name) for device in memory for name, size in kinds.items()],
-        "recommendation": recommended, "quantization": quantised,
+        "recommendation": recommended, "quantization": quantised, "cards_of_80_gb": cards_to_dict(cards),
         "tokenizer": tokenizer_facts(folder, raw), "template": template_facts(folder),
         "sampling": sampling_facts(folder), "notes": notes,
     }  # fmt: skip
@@ -148,21 +152,16 @@ def weight_facts(
     from keye.models.quant_fill import stored_policy
     from keye.models.quantize import read_report
     from keye.weights.gguf.folder import read_link
-    from keye.weights.gguf.source import GGUFTensor, open_gguf
-    from keye.weights.safetensors import StoredTensor, open_checkpoint, weight_files
+    from keye.weights.open import open_weights
+    from keye.weights.safetensors import weight_files
 
-    tensors: Mapping[str, StoredTensor | GGUFTensor]
     try:
-        if (link := read_link(folder)) is not None:
-            tensors = open_gguf(*link)
-            files = list({Path(tensor.place[0]) for tensor in tensors.values()})
-        else:
-            files = weight_files(folder)
-            tensors = open_checkpoint(folder) if files else {}
+        if read_link(folder) is None and not weight_files(folder):
+            return None, {}, []
+        tensors = open_weights(folder)
     except KeyeError as error:
         return None, {}, [f"{error}."]
-    if not tensors:
-        return None, {}, []
+    files = {tensor.place[0] for tensor in tensors.values()}
     bytes_of: dict[str, int] = {}
     for tensor in tensors.values():
         bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.nbytes

@@ -51,6 +51,8 @@ def plan(
     from keye.config.media import media_options
     from keye.media.plan import make_plan
     from keye.media.source.fetch import is_index
+    from keye.models.outline import outline
+    from keye.planning.cards import cards_sentence, cards_to_dict, count_cards
     from keye.planning.question import Planned, imagine_video, plan_media, predict
 
     if bool(files) == bool(imagined):
@@ -71,6 +73,8 @@ def plan(
         planned.append(Planned("video", None, make_plan(imagine_video(imagined), config, settings)))
     planned += plan_media(media, config)
     result = summary(planned, context, model)
+    if cards := count_cards(outline(model_config.raw)):
+        result |= {"cards_of_80_gb": cards_to_dict(cards), "needs": cards_sentence(cards)}
     if arguments["device"] is not None:
         result["prediction"] = predict(model_config, config, folder, planned, arguments)
     if fleet_file is not None:

@@ -22,8 +22,9 @@ _SCALE_BYTES: Final = 2
 #: Parts whose matrices keep 8 bits in an int4 model, and parts that are never quantised.
 _CAREFUL: Final = ("indexer", "vision tower", "projector")
 _PLAIN: Final = ("router", "norms", "other")
-#: Matrices of the vision tower that are no products of rows: the look-up of positions, the convolution of patches.
-_NOT_ROWS: Final = re.compile(r"\.embeddings\.")
+#: Matrices that are no products of rows: in the vision tower the look-up of positions and the convolution of patches,
+#: in latent attention the weight that is used from both sides.
+_NOT_ROWS: Final = re.compile(r"\.embeddings\.|\.kv_b_proj\.")
 #: A fused tensor holds [experts, inputs, outputs]; the columns of a quantised row are its inputs.
 _FUSED: Final = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 

@@ -65,11 +65,11 @@ def measure_layer(
     text: TextConfig, layout: KVLayout, dtype: torch.dtype, device: torch.device, mode: AttentionMode = "sparse"
 ) -> tuple[LayerRates, LayerRates]:
     """Times one decoder layer of the shapes of `text`: (prefill chunk, decode step)."""
-    config = replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
+    config = _single_layer(text)
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(config).to(dtype)
         lay_out_for_decoding(decoder, device, dtype)
-    fill_with_noise(decoder.to_empty(device=device).to(dtype))
+    fill_with_noise(decoder.to_empty(device=device))
     unit = text.sparse.topk if text.sparse is not None else 2048
     depths = (0, *(factor * unit for factor in DEPTHS))
     rates = []
@@ -151,10 +151,15 @@ def fastest(run: Callable[[], object], device: torch.device, seconds: float = SE
     return best
 
 
+def _single_layer(text: TextConfig) -> TextConfig:
+    """A decoder of one layer, with experts where the model has any."""
+    return replace(text, num_hidden_layers=1, vocab_size=8, mlp_only_layers=(), decoder_sparse_step=1)
+
+
 def layer_bytes(text: TextConfig, dtype: torch.dtype) -> int:
     """Bytes of the layer that `measure_layer` makes."""
     with torch.device("meta"):
-        decoder = Decoder(replace(text, num_hidden_layers=1, vocab_size=8))
+        decoder = Decoder(_single_layer(text))
     return sum(p.numel() for p in decoder.parameters()) * dtype.itemsize
 
 

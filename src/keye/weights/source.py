@@ -39,6 +39,10 @@ class TensorSource(Protocol):
         """What it is stored as, in the words of its file format."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in its file, scales included."""
+
+    @property
     def is_readable(self) -> bool:
         """Whether `pieces` can turn what is stored into floating-point numbers."""
 
@@ -77,6 +81,10 @@ class MemoryTensor:
         return str(self.tensor.dtype).removeprefix("torch.")
 
     @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    @property
     def is_readable(self) -> bool:
         return self.tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -108,6 +116,10 @@ class _Numbers:
     @property
     def dtype(self) -> str:
         return self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
 
     @property
     def is_readable(self) -> bool:

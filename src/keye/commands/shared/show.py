@@ -189,6 +189,8 @@ def print_plans(result: Mapping[str, Any]) -> None:
     )
     if share >= 1:
         console.print("This does not fit: lower --fps, --max-frames or --max-pixels.", style="bold")
+    if needs := result.get("needs"):
+        console.print(one_line(needs), style="yellow", soft_wrap=True)
     if prediction := result.get("prediction"):
         console.print()
         print_prediction(prediction)

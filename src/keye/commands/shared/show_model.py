@@ -11,6 +11,7 @@ from rich.text import Text
 
 from keye.commands.shared.show import stdout
 from keye.commands.shared.show_quant import quant_table
+from keye.releases import find_release
 from keye.units import format_bytes, format_count, listed, one_line, plural
 
 #: Cells of the bar that shows the share of a part, and the terminal width below which there is none.
@@ -181,6 +182,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    needs_template = find_release(result["release"]).needs_template
     files, tokenizer, template = result["files"], result["tokenizer"], result["template"]
     rows = []
     if files is None:
@@ -201,7 +203,9 @@ def file_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         if tokenizer["disagreements"]:
             rows.append(("disagrees", "; ".join(tokenizer["disagreements"])))
     if template is None:
-        rows.append(("template", "none here: keye's own"))
+        rows.append(
+            ("template", "none here: " + ("it must come with the checkpoint" if needs_template else "keye's own"))
+        )
     else:
         rows.append(("template", f"{template['file']}, {template['characters']:,} characters; "
                                  f"knows {', '.join(template['knows']) or 'text only'}"))  # fmt: skip
