@@ -105,3 +105,43 @@ def test_a_question_tells_how_far_the_prediction_was_off(run: Callable, model_fo
     assert events["errors"]["first_token"] < 1 and events["prompt_tokens"] > 64
     text = run(*words).out
     assert "tokens/s" in text and "against the prediction: time to the first token" in text
+
+
+# Placement on other machines
+
+
+def test_experts_that_do_not_fit_a_gpu_are_planned_elsewhere(run: Callable) -> None:
+    result = run("plan", "--model", "2.0", "--gpu", "12GiB", "--ram", "32GiB", "--json")
+    placed = result.data["placement"]
+    assert (result.code, placed["weights"], placed["context"], placed["refusal"]) == (0, "int4", 8192, None)
+    assert set(placed["experts"]) == {"card", "memory"} and placed["card"] <= 11 * 2**30
+    text = run("plan", "--model", "2.0", "--gpu", "12GiB", "--ram", "32GiB").out
+    assert "of the experts" in text and "at 504 GB/s" in text and "Planned, not run" in text
+
+
+def test_experts_on_disk_are_planned_and_a_slow_disk_is_one_sentence(run: Callable) -> None:
+    result = run("plan", "--model", "2.0", "--ram", "16GiB", "--json")
+    assert result.code == 0 and set(result.data["placement"]["experts"]) == {"memory", "disk"}
+    slow = run("plan", "--model", "2.0", "--ram", "16GiB", "--bandwidth", "-,-,0.15")
+    assert slow.code == 1 and "int4 is too slow" in slow.out and slow.out.count("\n") == 1
+    assert run("plan", "--model", "2.0", "--mac", "32GiB").code == 0
+
+
+def test_the_context_is_that_of_the_media(run: Callable, video: Path) -> None:
+    data = run("plan", "--model", "2.0", video, "--gpu", "24GiB", "--json").data
+    assert data["placement"]["context"] == data["visual_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--weights", "int4"], "give --gpu, --ram or --mac"),
+        (["--gpu", "12GiB", "--mac", "16GiB"], "leave --gpu and --ram out"),
+        (["--gpu", "12GiB", "--bandwidth", "1,2,3,4"], "write GB/s of GPU, main memory and disk"),
+        (["--gpu", "12GiB", "--bandwidth", "fast"], "write GB/s of GPU, main memory and disk"),
+        (["--gpu", "12G"], "write 12GB for powers of 1000"),
+    ],
+)
+def test_mistakes_about_machines(run: Callable, arguments: list[str], sentence: str) -> None:
+    result = run("plan", "--model", "2.0", *arguments)
+    assert result.code == 2 and sentence in result.err

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from keye.planning.machines import DDR5, choose_format, common_machines, published_sizes, recommend  # fmt: skip
-from keye.planning.placement import REACHED, Hardware, ModelSizes, place
+from keye.planning.machines import choose_format, common_machines, published_sizes, recommend  # fmt: skip
+from keye.planning.placement import DDR5, REACHED, Hardware, ModelSizes, place
 from keye.process import Memory
 from keye.units import GIB
 

@@ -18,6 +18,9 @@ from keye.planning.formats import WEIGHT_FORMATS
 from keye.planning.measure import fastest
 from keye.planning.placement import (
     CARD_RESERVE,
+    CARDS,
+    DDR5,
+    MACS,
     REACHED,
     SYSTEM_RESERVE,
     Hardware,
@@ -29,9 +32,8 @@ from keye.planning.placement import (
 from keye.process import Memory
 from keye.units import GIB, format_bytes
 
-#: Main memory beside a GPU in the table, and the nominal bandwidth of two channels of DDR5-5600.
+#: Main memory beside a GPU in the table.
 HOST_MEMORY: Final = 32 * GIB
-DDR5: Final = 89.6e9
 #: Context that a recommended format must leave room for, and the slowest rate that is read with ease, a second.
 WANTED_CONTEXT: Final = 32 * 1024
 WANTED_RATE: Final = 5.0
@@ -40,18 +42,22 @@ TABLE_CONTEXT: Final = 8 * 1024
 #: Bytes that are summed to measure a bandwidth: more than a processor's caches hold.
 _SUMMED: Final = 128 << 20
 _PLACES: Final = {"memory": "in main memory", "disk": "on disk"}
-#: Sizes in GiB and bandwidths in GB/s: GPUs (RTX 4060, 4070, 4080, 4090, L40S, A100), computers, Macs (M4, M4 Max).
-_CARDS: Final = {8: 272, 12: 504, 16: 717, 24: 1008, 48: 864, 80: 2039}
+#: Sizes in GB of the computers of the table.
 _COMPUTERS: Final = (16, 24, 32, 64)
-_MACS: Final = {16: 120, 24: 120, 32: 120, 64: 546, 128: 546}
 
 
 def common_machines() -> list[Hardware]:
     """The machines of the table."""
-    cards = [Hardware(f"GPU {size} GB", HOST_MEMORY, DDR5, size * GIB, 1e9 * rate) for size, rate in _CARDS.items()]
+    cards = [Hardware(f"GPU {size} GB", HOST_MEMORY, DDR5, size * GIB, 1e9 * rate) for size, rate in CARDS.items()]
     computers = [Hardware(f"computer {size} GB", size * GIB, DDR5) for size in _COMPUTERS]
-    macs = [Hardware(f"Mac {size} GB", size * GIB, 1e9 * rate, unified=True) for size, rate in _MACS.items()]
+    macs = [Hardware(f"Mac {size} GB", size * GIB, 1e9 * rate, unified=True) for size, rate in MACS.items()]
     return [*cards, *computers, *macs]
+
+
+def nominal_bandwidth(size: int, known: Mapping[int, int]) -> float:
+    """Bytes a second of a common product with at most so many bytes."""
+    rates = [rate for gigabytes, rate in known.items() if gigabytes * GIB <= size * 1.05]
+    return 1e9 * (rates[-1] if rates else known[min(known)])
 
 
 @cache

@@ -29,6 +29,13 @@ CARD_RESERVE: Final = GIB
 SYSTEM_RESERVE: Final = 5 * GIB // 2
 
 
+#: Nominal bandwidths in GB/s of common GPUs by their size in GB: RTX 4060, 4070, 4080, 4090, L40S, A100.
+CARDS: Final = {8: 272, 12: 504, 16: 717, 24: 1008, 48: 864, 80: 2039}
+#: The same of Macs: M4, from 64 GB on M4 Max; and of two channels of DDR5-5600.
+MACS: Final = {16: 120, 24: 120, 32: 120, 64: 546, 128: 546}
+DDR5: Final = 89.6e9
+
+
 @dataclass(frozen=True)
 class Hardware:
     """A machine: bytes of its memories (`card` 0 without a GPU) and their bandwidths in bytes a second. `unified`
