@@ -14,6 +14,12 @@ from keye.ops.elementwise import swiglu
 from keye.ops.quantized import QuantFormat, QuantTensor
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear, pack_weights
 
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 INT4, FP8 = QuantFormat("int4", 32), QuantFormat("fp8")
 
 

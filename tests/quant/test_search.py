@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from keye.ops.quantized import QuantFormat, QuantTensor
-from keye.quant.search import QuantError, quantize, quantize_into
+from keye.quant.search import Loss, QuantError, quantize, quantize_into
 
 INT4 = QuantFormat("int4", 64)
 
@@ -30,7 +30,7 @@ def x() -> Tensor:
 ], ids=str)  # fmt: skip
 def test_errors_of_normal_numbers(x: Tensor, form: QuantFormat, most: float) -> None:
     out = QuantTensor.empty(form, tuple(x.shape))
-    loss = quantize_into(out, x)
+    quantize_into(out, x, loss=(loss := Loss()))
     assert relative(x, out) == pytest.approx(loss.relative, rel=1e-4) and loss.numbers == x.numel()
     assert 0.9 * most < loss.relative < most
 
@@ -49,7 +49,7 @@ def test_weights_of_inputs_move_the_error_to_those_that_count_less(x: Tensor) ->
     plain, aware = quantize(x, INT4), quantize(x, INT4, weights)
     assert relative(x, aware, weights) < 0.93 * relative(x, plain, weights)
     assert relative(x, aware) > relative(x, plain)
-    loss = quantize_into(aware, x, weights)
+    quantize_into(aware, x, weights, loss := Loss())
     assert loss.weighted == pytest.approx(relative(x, aware, weights), rel=1e-4)
 
 

@@ -145,7 +145,7 @@ def weight_fills(
         return
     counts = None if importance is None else importance.get(own)
     for name, shape, take in _matrices(own, weight.shape, per_expert):
-        quantise = _Quantise(name, counts, observe or (lambda name, loss: None))
+        quantise = _Quantise(name, counts, observe)
         yield Fill(name, own, shape, None, lambda source, to, run=quantise, take=take: run.work(source, to, *take))  # type: ignore[misc]
 
 
@@ -178,7 +178,7 @@ class _Quantise:
 
     name: str
     importance: Tensor | None
-    observe: Callable[[str, Loss], object]
+    observe: Callable[[str, Loss], object] | None
 
     def work(self, source: TensorSource, to: QuantTensor, expert: int | None, rows: slice | None) -> Iterator[Work]:
         counts = self.importance
@@ -207,8 +207,10 @@ class _Quantise:
             piece()
         if transposed:
             numbers = numbers[0].t()
+        loss = None if self.observe is None else Loss()
         try:
-            loss = quantize_into(to, numbers.to(to.codes.device), counts)
+            quantize_into(to, numbers.to(to.codes.device), counts, loss)
         except QuantError:
             raise WeightsError(f"{self.name} holds NaN or infinite numbers, which cannot be quantised") from None
-        self.observe(self.name, loss)
+        if self.observe is not None and loss is not None:
+            self.observe(self.name, loss)

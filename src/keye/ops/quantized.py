@@ -197,8 +197,9 @@ class PackedWeight(Protocol):
 
 def pack_int4(halves: Tensor) -> Tensor:
     """Integers 0 .. 15 [..., K] -> uint8 [..., ceil(K / 2)], the even ones in the low halves."""
-    halves = F.pad(halves.to(torch.uint8), (0, halves.shape[-1] % 2))
-    return halves[..., ::2] | halves[..., 1::2] << 4
+    halves = F.pad(halves.to(torch.uint8), (0, halves.shape[-1] % 2)).contiguous()
+    pairs = halves.view(torch.int16)  # much faster than the bytes by strides
+    return (pairs | pairs >> 4).to(torch.uint8)
 
 
 def unpack_int4(codes: Tensor, K: int) -> Tensor:
