@@ -109,7 +109,7 @@ def test_a_quantised_checkpoint_is_said_to_be_one(make_model: Any) -> None:
     tensors = dict(model.state_dict().items())
     del tensors["model.layers.0.self_attn.q_proj.weight"]
     tensors["model.layers.0.self_attn.q_proj.qweight"] = torch.zeros(2, dtype=torch.int32)
-    with pytest.raises(WeightsError, match=r"is quantised \(it holds model.layers.0.self_attn.q_proj.qweight\)"):
+    with pytest.raises(WeightsError, match=r"by GPTQ or AWQ \(it holds model.layers.0.self_attn.q_proj.qweight\)"):
         load_tensors(model, tensors)
 
 

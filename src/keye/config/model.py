@@ -220,7 +220,8 @@ _INERT = frozenset(
     "architectures model_type auto_map bos_token_id eos_token_id pad_token_id vision_token_id initializer_range "
     "initializer_factor max_window_layers sliding_window use_sliding_window transformers_version use_cache torch_dtype "
     "dtype attention_dropout vision_config rope_scaling sa_config mlp_only_layers head_dim router_aux_loss_coef "
-    "output_router_logits fast_video_token_id rope_parameters quantization_config".split()
+    "output_router_logits fast_video_token_id rope_parameters quantization_config quantization "
+    "compression_config".split()
 )
 
 

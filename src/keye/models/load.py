@@ -35,7 +35,7 @@ from keye.ops import registry
 from keye.ops.quantized import QuantTensor
 from keye.quant.layers import QuantExperts, QuantLinear, pack_weights
 from keye.quant.policy import Policy, make_policy
-from keye.weights.names import CARRIED, IGNORED, INDEXER, QUANTISED, VISION, per_expert_modules
+from keye.weights.names import CARRIED, IGNORED, INDEXER, VISION, find_quantiser, per_expert_modules
 from keye.weights.open import open_weights
 from keye.weights.safetensors import SHARD_BYTES, write_checkpoint
 from keye.weights.source import (
@@ -306,9 +306,10 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         ("missing", missing), ("mis-shaped", wrong), ("no floating-point numbers that keye reads", unreadable),
         ("unexpected", unexpected),
     )  # fmt: skip
-    if strict and (scales := sorted(name for name in rest if QUANTISED.search(name))):
-        raise WeightsError(f"the checkpoint is quantised (it holds {scales[0]}), which keye does not read yet: use the "
-                           "bfloat16 release of the model")  # fmt: skip
+    if strict and (quantiser := find_quantiser(rest - ignored)) is not None:
+        tool, name = quantiser
+        raise WeightsError(f"the checkpoint was quantised by {tool} (it holds {name}), which keye does not read: use "
+                           "the bfloat16 release of the model with --quant")  # fmt: skip
     if any(names for _, names in problems):
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")

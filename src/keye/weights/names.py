@@ -20,12 +20,34 @@ CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding
 #: Names of an indexer's tensors have this in them, those of the vision tower and projector begin with these.
 INDEXER = ".sa_indexer."
 VISION = ("visual.", "mlp_AR.")
-#: What quantised checkpoints hold beside or in place of weights.
-QUANTISED = re.compile(r"\.(qweight|qzeros|scales|weight_scale(_inv)?|weight_packed|weight\.absmax|SCB)$")
+#: What checkpoints of other quantisers hold beside or in place of weights, and what wrote it.
+_QUANTISERS = tuple((re.compile(pattern), tool) for pattern, tool in (
+    (r"\.(qweight|qzeros)$", "GPTQ or AWQ"),
+    (r"\.SCB$|\.weight\.(absmax|quant_map|nested_absmax)$|\.weight_format$", "bitsandbytes"),
+    (r"\.q_(weight|scale|scale_max|invperm|perm|groups|group_map)$", "EXL2"),
+    (r"\.(trellis|suh|svh)$", "EXL3"),
+    (r"\.W_q$", "HQQ or SINQ"),
+    (r":_|_weight_qdata$", "torchao"),
+    (r"\.weight\._(data|scale|shift)$", "quanto"),
+    (r"\.codebooks$", "AQLM"),
+    (r"\.weight_scale_2$", "ModelOpt"),
+    (r"_proj_(blocks|scales)$", "a writer of MXFP4"),
+    (r"\.weight_packed$|\.weight_scale(_inv)?$", "compressed-tensors or a writer of float8, with another config.json"),
+    (r"\.scales$", "MLX, with another config.json"),
+))  # fmt: skip
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 #: The part of a module's tensor that a tensor of the files fills.
 View = Callable[[Tensor], Tensor]
+
+
+def find_quantiser(names: Iterable[str]) -> tuple[str, str] | None:
+    """What has quantised a checkpoint, and the name of a tensor that tells it; None where none does."""
+    listed = sorted(names)
+    for pattern, tool in _QUANTISERS:
+        if (name := next((name for name in listed if pattern.search(name)), None)) is not None:
+            return tool, name
+    return None
 
 
 def per_expert_modules(names: Iterable[str]) -> set[str]:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from keye.config import read_json
 from keye.config.float8 import float8_block
-from keye.weights.float8 import FLOAT8, join_scales
+from keye.config.quantization import affine_format, compressed_tensors
+from keye.weights.compressed_tensors import join_compressed
+from keye.weights.float8 import join_scales
+from keye.weights.mlx import join_affine
 from keye.weights.safetensors import open_checkpoint
 from keye.weights.source import TensorSource
 
@@ -29,8 +32,13 @@ def open_weights(path: Path, wanted: Callable[[str], bool] | None = None) -> Map
         from keye.weights.gguf.source import open_gguf
 
         return open_gguf(*link, wanted)
-    tensors, config = open_checkpoint(path, wanted), path / "config.json"
-    if not config.exists() or not any(tensor.dtype == FLOAT8 for tensor in tensors.values()):
-        return tensors
-    block = float8_block(read_json(config))
+    config = path / "config.json"
+    raw = read_json(config) if config.exists() else {}
+    if (affine := affine_format(raw)) is not None:
+        joined: Mapping[str, TensorSource] = join_affine(open_checkpoint(path), affine)
+        return {name: source for name, source in joined.items() if wanted is None or wanted(name)}
+    tensors = open_checkpoint(path, wanted)
+    if (compressed := compressed_tensors(raw)) is not None:
+        return join_compressed(tensors, compressed)
+    block = float8_block(raw)
     return tensors if block is None else join_scales(tensors, block)

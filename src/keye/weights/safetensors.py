@@ -35,7 +35,10 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 #: Numbers that a weight may be stored as, by their names in safetensors.
 _NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: The same and codes of quantised weights, which are numbers together with their scales only.
-_DTYPES = {**_NUMBERS, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPES = {
+    **_NUMBERS, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "I32": torch.int32,
+    "U32": torch.uint32, "I64": torch.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
