@@ -189,7 +189,7 @@ def mlx_name(name: str) -> str:
 def to_mlx(tensors: Tensors, bits: int = 4, group: int = 32) -> tuple[Tensors, Tensors]:
     """The tensors of a checkpoint of MLX, and the numbers that it stands for under official names. Projections of the
     vision tower are joined, its convolution has channels last; what is not a matrix of whole groups stays."""
-    renamed, written, meant = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    renamed, encoded, meant = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if not (name.startswith("visual") and layer.endswith(("q_proj", "k_proj", "v_proj"))):
@@ -202,24 +202,24 @@ def to_mlx(tensors: Tensors, bits: int = 4, group: int = 32) -> tuple[Tensors, T
         is_matrix = leaf == "weight" and tensor.dim() == 2 and tensor.shape[1] % group == 0 and "mlp.gate" not in name
         if is_matrix:
             values, scales, biases = quantise_affine(tensor, bits, group)
-            written |= affine(values, bits, scales, biases, mlx_name(layer))
+            encoded |= affine(values, bits, scales, biases, mlx_name(layer))
             tensor = values.float() * group_spread(scales, group, tensor.shape[1]).float()
             tensor += group_spread(biases, group, tensor.shape[1]).float()
         else:
-            written[mlx_name(name)] = tensor.permute(0, 2, 3, 1) if "patch_embedding.weight" in name else tensor
+            encoded[mlx_name(name)] = tensor.permute(0, 2, 3, 1) if "patch_embedding.weight" in name else tensor
         if ".qkv." in name:
             meant |= {
                 name.replace("qkv", f"{own}_proj"): part for own, part in zip("qkv", tensor.chunk(3), strict=True)
             }
         else:
             meant[name] = tensor
-    return written, meant
+    return encoded, meant
 
 
 def test_a_model_of_mlx_is_loaded_in_its_bits(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "mlx")
-    written, meant = to_mlx(plain(folder))
-    rewrite(folder, written, quantization={"group_size": 32, "bits": 4})
+    encoded, meant = to_mlx(plain(folder))
+    rewrite(folder, encoded, quantization={"group_size": 32, "bits": 4})
     model, report = load_model(folder, load_model_config(folder), dtype=torch.float32)
     assert report.unused == ()
     assert isinstance(model.model.layers[0].self_attn.q_proj, QuantLinear)
@@ -234,19 +234,19 @@ def test_a_model_of_mlx_is_loaded_in_its_bits(tmp_path: Path) -> None:
 
 def test_a_model_of_compressed_tensors_is_loaded(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "int4")
-    tensors, written, meant = plain(folder), dict[str, Tensor](), dict[str, Tensor]()
+    tensors, encoded, meant = plain(folder), dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if leaf != "weight" or not layer.endswith("_proj") or "visual" in name:
-            written[name] = meant[name] = tensor
+            encoded[name] = meant[name] = tensor
             continue
         grouped = tensor.float().unflatten(1, (-1, 32))
         scales = (grouped.abs().amax(-1) / 7).clamp_min(1e-6).bfloat16()
         codes = (grouped / scales.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(1).long()
-        written |= {f"{layer}.weight_packed": pack_words(codes + 8, 4), f"{layer}.weight_scale": scales,
+        encoded |= {f"{layer}.weight_packed": pack_words(codes + 8, 4), f"{layer}.weight_scale": scales,
                     f"{layer}.weight_shape": torch.tensor(tensor.shape)}  # fmt: skip
         meant[name] = codes.float() * group_spread(scales, 32, tensor.shape[1]).float()
-    rewrite(folder, written, **section("pack-quantized", strategy="group", group_size=32))
+    rewrite(folder, encoded, **section("pack-quantized", strategy="group", group_size=32))
     model = keye.load(folder)
     assert isinstance(model.model.model.layers[0].self_attn.q_proj, QuantLinear)
     exact, _ = load_model(folder, load_model_config(folder), dtype=torch.float32, quant="none")
