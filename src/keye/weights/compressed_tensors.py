@@ -24,7 +24,7 @@ from keye.weights.safetensors import StoredTensor
 from keye.weights.source import TensorSource, WeightsError
 
 #: Tensors beside the codes of a weight, and those of activations and of stored keys and values.
-_BESIDE: Final = re.compile(
+_LEFT_OUT: Final = re.compile(
     r"\.(weight_(packed|shape|scale|zero_point)|(input|output|[kvq])_(global_)?(scale|zero_point))$"
 )
 
@@ -32,7 +32,7 @@ _BESIDE: Final = re.compile(
 def join_compressed(tensors: Mapping[str, StoredTensor], config: CompressedTensors) -> dict[str, TensorSource]:
     """The tensors of a checkpoint, those of each quantised layer as one under the name of its weight. `WeightsError`
     for what does not fit together."""
-    joined: dict[str, TensorSource] = {name: t for name, t in tensors.items() if not _BESIDE.search(name)}
+    joined: dict[str, TensorSource] = {name: t for name, t in tensors.items() if not _LEFT_OUT.search(name)}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "weight_packed":
