@@ -92,7 +92,7 @@ def test_packed_layers_keep_their_state_and_compute_the_same() -> None:
         pack_weights(model)
         assert linear.weight.packed is not None and model["table"].weight.packed is None
         for ours, wanted in zip((linear(x), experts(x, sizes)), plain, strict=True):
-            assert (ours - wanted).norm() < 0.02 * wanted.norm()
+            assert (ours - wanted).norm() < 0.05 * wanted.norm()
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     x.requires_grad_()
@@ -118,4 +118,4 @@ def test_experts_of_tokens_are_mixed_when_packed() -> None:
     wanted = experts(x[order], [1, 1, 0, 1])[order]
     pack_weights(experts)
     mixed = experts.mix(x, weights, chosen)
-    assert mixed is not None and (mixed - wanted).norm() < 0.02 * wanted.norm()
+    assert mixed is not None and (mixed - wanted).norm() < 0.05 * wanted.norm()
