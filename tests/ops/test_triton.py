@@ -69,3 +69,23 @@ def test_attention_compiles_for_cards(capability: int) -> None:
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 2})
     assert compiled.metadata.shared <= 99 * 1024, "more shared memory than the smallest of these cards has"
     assert "mma" in compiled.asm["ptx"], "no tensor cores"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kind", [4, 8, 1])
+def test_quantised_products_compile_for_cards(capability: int, kind: int) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from keye.ops.triton.quantized import _quantized_kernel as kernel
+
+    constants = {"KIND": kind, "HAS_MINIMUM": kind == 4, "BM": 64, "BN": 64, "BK": 64, "INTERPRETED": False}
+    pointers = dict.fromkeys(("x", "scales", "minima", "out"), "*bf16") | {"codes": "*i8" if kind == 8 else "*u8"}
+    pointers |= dict.fromkeys(("expert_of", "begin_of", "stop_of"), "*i32")
+    types = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=values)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 2})
+    assert compiled.metadata.shared <= 99 * 1024, "more shared memory than the smallest of these cards has"
+    assert "mma" in compiled.asm["ptx"], "no tensor cores"

@@ -14,7 +14,8 @@ from torch import Tensor
 from keye.ops import reference
 from keye.ops.backend import REFERENCE, Backend, Kernel, Stretch
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
-from keye.ops.registry import backends, find_grouped_matmul
+from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.ops.registry import backends, find_grouped_matmul, multiply_quantized
 from keye.ops.triton import experts, selection
 from keye.ops.triton.backend import TritonBackend
 
@@ -228,3 +229,34 @@ def test_products_of_experts() -> None:
             product = find_grouped_matmul(x, weights)
             assert product is not None
             assert torch.allclose(product(x, weights, sizes), want, atol=1e-4)
+
+
+_FLOAT32_SCALES = {"scale_dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        (QuantFormat("int4", 32), torch.bfloat16), (QuantFormat("int4", 64, has_minimum=True), torch.float32),
+        (QuantFormat("int4"), torch.float32), (QuantFormat("int8"), torch.bfloat16),
+        (QuantFormat("int8", 16, has_minimum=True, **_FLOAT32_SCALES), torch.float32),
+        (QuantFormat("fp8", 16, rows=32, **_FLOAT32_SCALES), torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products_with_quantised_weights(form: QuantFormat, dtype: torch.dtype) -> None:
+    sizes = [0, 17, 1]
+    weight, x = QuantTensor.empty(form, (3, 40, 77), DEVICE), torch.randn(18, 77).to(dtype)
+    weight.codes.view(torch.uint8).copy_(torch.randint(0, 120, weight.codes.shape))
+    scale = {"int4": 0.03, "int8": 0.002, "fp8": 0.01}[form.kind]
+    weight.scales.copy_(scale * (0.5 + torch.rand(weight.scales.shape)))
+    if weight.minima is not None:
+        weight.minima.copy_(scale * torch.randn(weight.minima.shape))
+    with backends.using("triton"), torch.no_grad():
+        ours = multiply_quantized(x, weight, sizes), multiply_quantized(x, weight[1])
+        assert multiply_quantized(x[:0], weight[1]).shape == (0, 40)
+    numbers = weight.dequantize(dtype).float()
+    wanted = torch.cat([x[:17].float() @ numbers[1].T, x[17:].float() @ numbers[2].T]), x.float() @ numbers[1].T
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.float(), theirs, rtol=NEAR[dtype], atol=NEAR[dtype])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from keye.config import kernel_config
 from keye.errors import KeyeError
+from keye.ops import quantized
 from keye.ops.backend import REFERENCE, Backend, Selected, Stretch
 from keye.ops.cpu import elementwise as cpu_elementwise
 from keye.ops.cpu import gemv
@@ -154,6 +155,19 @@ def pack_weight(weight: QuantTensor) -> PackedWeight | None:
     are none for its format. The compiled core is built where it was not."""
     library = _find_library(weight.codes) if packed.takes(weight.format) else None
     return None if library is None else packed.CpuPacked.of(library, weight)
+
+
+def multiply_quantized(x: Tensor, weight: QuantTensor, sizes: list[int] | None = None) -> Tensor:
+    """`quantized.matmul`, or with `sizes` rows of each expert `quantized.grouped_matmul`, for a weight that is not
+    packed: by a kernel on cards, else by the definition."""
+    if not torch.is_grad_enabled() and backends.of(x.device).name == "triton":
+        from keye.ops import triton
+
+        if triton.serves(x):
+            from keye.ops.triton.quantized import multiply
+
+            return multiply(x, weight, sizes)
+    return quantized.matmul(x, weight) if sizes is None else quantized.grouped_matmul(x, weight, sizes)
 
 
 def mix_packed_experts(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keye.ops import quantized, registry
+from keye.ops import registry
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 from keye.quant.digest import digest
@@ -145,7 +145,7 @@ class QuantLinear(nn.Module):
         rows, packed = x.reshape(-1, x.shape[-1]), self.weight.packed
         if packed is not None and not x.requires_grad:
             return packed.matmul(rows, self.bias).view(*x.shape[:-1], self.out_features)
-        y = quantized.matmul(rows, self.weight.tensor).view(*x.shape[:-1], self.out_features)
+        y = registry.multiply_quantized(rows, self.weight.tensor).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -223,4 +223,4 @@ class QuantExperts(nn.Module):
 def _multiply(x: Tensor, weight: QuantizedWeight, sizes: list[int]) -> Tensor:
     if weight.packed is not None and not x.requires_grad:
         return weight.packed.grouped_matmul(x, sizes)
-    return quantized.grouped_matmul(x, weight.tensor, sizes)
+    return registry.multiply_quantized(x, weight.tensor, sizes)

@@ -57,15 +57,20 @@ def grouped_matmul(x: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
     if not count:
         return out
     rows = ROW_TILES[1] if count >= len(sizes) * ROW_TILES[0] else ROW_TILES[0]
+    assert sum(sizes) == count, "sizes must add up to the rows"
+    expert_of, begin_of, stop_of = tiles_of(sizes, rows, x.device)
+    _tuned_grouped[(len(expert_of), triton.cdiv(outputs, COLUMN_TILE))](
+        x.contiguous(), weights, out, expert_of, begin_of, stop_of, inner, outputs, *weights.stride(),
+        BM=rows, BN=COLUMN_TILE, BK=INNER_TILE, INTERPRETED=INTERPRETED,
+    )  # fmt: skip
+    return out
+
+
+def tiles_of(sizes: Sequence[int], rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Cuts the rows of each expert into tiles: expert, first row, and end of the expert's rows, each int32 [tiles]."""
     tiles, begin = [], 0
     for expert, size in enumerate(sizes):
         stop = begin + size
         tiles += [(expert, at, stop) for at in range(begin, stop, rows)]
         begin = stop
-    assert begin == count, "sizes must add up to the rows"
-    expert_of, begin_of, stop_of = torch.tensor(tiles, dtype=torch.int32).t().contiguous().to(x.device).unbind(0)
-    _tuned_grouped[(len(tiles), triton.cdiv(outputs, COLUMN_TILE))](
-        x.contiguous(), weights, out, expert_of, begin_of, stop_of, inner, outputs, *weights.stride(),
-        BM=rows, BN=COLUMN_TILE, BK=INNER_TILE, INTERPRETED=INTERPRETED,
-    )  # fmt: skip
-    return out
+    return torch.tensor(tiles, dtype=torch.int32, device="cpu").t().contiguous().to(device).unbind(0)

@@ -103,14 +103,14 @@ def load_rows(
         elif KIND == 2:
             codes = tl.load(values + at + dims[None, :], mask=keep, other=0).to(tl.float32)
         else:
-            codes = _e4m3(tl.load(values + at + dims[None, :], mask=keep, other=0))
+            codes = e4m3(tl.load(values + at + dims[None, :], mask=keep, other=0))
         scale_at = (at + first_scale) // 2 + (dims // GROUP)[None, :]
         scale = tl.load(scales + scale_at, mask=keep, other=0.0).to(tl.float32)
         return cast(codes * scale, tl.bfloat16, INTERPRETED)
 
 
 @triton.jit
-def _e4m3(code):
+def e4m3(code):
     """float8 e4m3 bytes -> float32, by integer arithmetic: cards before compute capability 8.9 have no such type. The
     four bits of the exponent and three of the mantissa are put where float16 has the lowest of its own, which makes a
     number (also a denormal one) 2^-8 times as large. NaN, which `encode` writes for NaN only, reads as 480."""
