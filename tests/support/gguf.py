@@ -72,13 +72,14 @@ class Draft:
         head = self.magic + struct.pack("<IQQ", self.version, *numbers)
         for name, item in self.metadata.items():
             head += text(name) + (item if isinstance(item, bytes) else value(item))
-        data = b""
+        data, end = list[bytes](), 0
         for entry in self.entries:
-            offset = len(data) if entry.offset is None else entry.offset
+            offset = end if entry.offset is None else entry.offset
             dims = [*entry.shape][::-1]
             head += text(entry.name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, entry.kind, offset)
-            data += entry.data + bytes(-len(entry.data) % ALIGNMENT)
-        return head + bytes(-len(head) % ALIGNMENT) + data
+            data += entry.data, bytes(-len(entry.data) % ALIGNMENT)
+            end += len(entry.data) + len(data[-1])
+        return b"".join((head, bytes(-len(head) % ALIGNMENT), *data))
 
     def write(self, path: Path) -> Path:
         path.write_bytes(self.encode())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from keye.errors import KeyeError
 from keye.weights.gguf.dequantize import dequantize
 from keye.weights.gguf.names import Sizes, read_recipes
 from keye.weights.gguf.source import FORMATS, GGUFTensor
@@ -92,10 +93,19 @@ def test_experts_are_read_one_by_one(tmp_path: Path) -> None:
 
 
 def test_a_file_that_became_shorter_is_reported(tmp_path: Path) -> None:
-    from keye.errors import KeyeError
-
     (source,) = sources(tmp_path, BY_NAME["F32"], (8, 8), "output.weight").values()
     path = tmp_path / "t.gguf"
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(KeyeError, match=r"t\.gguf ends inside output\.weight"):
         source.read()
+
+
+def test_scales_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    (source,) = sources(tmp_path, BY_NAME["Q8_0"], (2, 32), "output.weight").values()
+    path = tmp_path / "t.gguf"
+    data = bytearray(path.read_bytes())
+    start = source.place[1]
+    data[start : start + 2] = np.array([np.inf], "<f2").tobytes()
+    path.write_bytes(data)
+    with pytest.raises(KeyeError, match=r"scales in output\.weight that are NaN or infinite"):
+        source.quantized()

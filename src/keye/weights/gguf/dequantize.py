@@ -49,6 +49,16 @@ def _fields(part: Bytes, bits: int, width: int) -> Bytes:
     return ((part.reshape(len(part), -1, 1, width) >> shifts) & mask).reshape(len(part), -1)
 
 
+def _pairs(part: Bytes, width: int) -> Bytes:
+    """The same for 4 bits as keye stores them: byte j holds numbers 2j (low half) and 2j + 1: [n, k] -> [n, k]."""
+    runs = part.reshape(len(part), -1, width)
+    even, odd = runs[..., ::2], runs[..., 1::2]
+    out = np.empty((len(part), runs.shape[1], 2, width // 2), np.uint8)
+    np.bitwise_or(even & np.uint8(15), odd << np.uint8(4), out=out[:, :, 0])
+    np.bitwise_or(even >> np.uint8(4), odd & np.uint8(240), out=out[:, :, 1])
+    return out.reshape(len(part), -1)
+
+
 def _q4_0(b: Bytes) -> Codes:
     codes = _fields(b[:, 2:], 4, 16).view(np.int8) - np.int8(8)
     return Codes(codes.reshape(len(b), 1, 32), _half(b[:, :2]))
@@ -99,16 +109,19 @@ def _six_bit_pairs(part: Bytes) -> tuple[Floats, Floats]:
     return scales.astype(np.float32), minima.astype(np.float32)
 
 
-def _q4_k(b: Bytes) -> Codes:
+def _k_scales(b: Bytes) -> tuple[Floats, Floats]:
+    """Scales and minima of Q4_K and Q5_K blocks."""
     scales, minima = _six_bit_pairs(b[:, 4:16])
-    codes = _fields(b[:, 16:], 4, 32).reshape(len(b), 8, 32)
-    return Codes(codes, _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima)
+    return _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima
+
+
+def _q4_k(b: Bytes) -> Codes:
+    return Codes(_fields(b[:, 16:], 4, 32).reshape(len(b), 8, 32), *_k_scales(b))
 
 
 def _q5_k(b: Bytes) -> Codes:
-    scales, minima = _six_bit_pairs(b[:, 4:16])
     codes = _fields(b[:, 48:], 4, 32) | (_fields(b[:, 16:48], 1, 32) << np.uint8(4))
-    return Codes(codes.reshape(len(b), 8, 32), _half(b[:, :2]) * scales, _half(b[:, 2:4]) * minima)
+    return Codes(codes.reshape(len(b), 8, 32), *_k_scales(b))
 
 
 def _q6_k(b: Bytes) -> Codes:
@@ -126,6 +139,25 @@ _CODES: Final[dict[str, Callable[[Bytes], Codes]]] = {
     "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0, "Q2_K": _q2_k, "Q3_K": _q3_k,
     "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "Q8_K": _q8_k,
 }  # fmt: skip
+
+
+#: Types of 4 bits whose numbers are stored as `_pairs` makes them: where they begin, and the width of a run.
+_PAIRED: Final = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q4_K": (16, 32)}
+_SCALES: Final[dict[str, Callable[[Bytes], tuple[Floats, Floats | None]]]] = {
+    "Q4_0": lambda b: (_half(b[:, :2]), None), "Q4_1": lambda b: (_half(b[:, :2]), -_half(b[:, 2:4])),
+    "Q4_K": _k_scales,
+}  # fmt: skip
+
+
+def unpack_pairs(kind: TensorType, data: Bytes) -> Codes | None:
+    """Like `unpack` with two codes in a byte, uint8 [n, groups, size / 2]; of signed codes c it holds c + 8. None for a
+    type that is not of 4 bits."""
+    if kind.name not in _PAIRED:
+        return None
+    blocks, (begin, width) = data.reshape(-1, kind.nbytes), _PAIRED[kind.name]
+    scales, minima = _SCALES[kind.name](blocks)
+    codes = _pairs(blocks[:, begin:], width).reshape(len(blocks), scales.shape[1], -1)
+    return Codes(codes, scales, minima)
 
 
 def has_codes(kind: TensorType) -> bool:

@@ -195,10 +195,16 @@ def read_recipes(tensors: Shapes, sizes: Sizes, where: str) -> dict[str, Recipe]
         else:
             unknown.append(name)
     if unknown:
-        raise GGUFError(f"{where} has tensors whose place keye does not know: {', '.join(sorted(unknown)[:20])}")
+        raise GGUFError(f"{where} has tensors whose place keye does not know: {_listed(unknown)}")
     for official, roles in groups.items():
         recipes[official] = _join(official, {role: (name, tensors[name]) for role, name in roles.items()}, sizes, where)
     return recipes
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(name[:80] for name in sorted(names)[:20]) + (
+        f" and {len(names) - 20} more" if len(names) > 20 else ""
+    )
 
 
 def _plain_name(name: str) -> str | None:
@@ -318,8 +324,8 @@ def read_vision_recipes(tensors: Shapes, where: str) -> dict[str, Recipe]:
         else:
             rest[name] = shape
     recipes |= _projector(rest)
-    if unknown := sorted(set(rest) - {part.tensor for recipe in recipes.values() for part in recipe.parts}):
-        raise GGUFError(f"{where} has tensors whose place keye does not know: {', '.join(unknown[:20])}")
+    if unknown := list(set(rest) - {part.tensor for recipe in recipes.values() for part in recipe.parts}):
+        raise GGUFError(f"{where} has tensors whose place keye does not know: {_listed(unknown)}")
     return _exchange_mlp(recipes)
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 import numpy as np
 
 from keye.errors import KeyeError
-from keye.units import format_bytes
+from keye.units import format_bytes, one_line
 from keye.weights.gguf.types import BY_NUMBER, TensorType
 
 MAGIC: Final = b"GGUF"
@@ -40,7 +40,11 @@ Value = bool | int | float | str | list[str] | np.ndarray
 
 
 class GGUFError(KeyeError):
-    """A GGUF file cannot be read, or is not what it says."""
+    """A GGUF file cannot be read, or is not what it says. Names in the sentence come from the file: it is made one
+    printable line."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(one_line(sentence))
 
 
 @dataclass(frozen=True)
@@ -323,5 +327,5 @@ def _align(position: int, alignment: int) -> int:
 
 
 def _brief(name: str) -> str:
-    """A name from a file, fit for a message."""
-    return repr(name[:80]).strip("'\"") if name.isprintable() else ascii(name[:80])
+    """The beginning of a name that may be very long."""
+    return name if len(name) <= 80 else f"{name[:80]}..."

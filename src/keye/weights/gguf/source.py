@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from keye.ops.quantized import QuantFormat, QuantTensor, pack_int4
-from keye.weights.gguf.dequantize import Codes, dequantize, unpack
+from keye.weights.gguf.dequantize import Codes, dequantize, unpack, unpack_pairs
 from keye.weights.gguf.metadata import check_vision, read_sizes
 from keye.weights.gguf.names import Part, Recipe, read_recipes, read_vision_recipes
 from keye.weights.gguf.reader import GGUF, GGUFError, TensorInfo, read_gguf
@@ -82,7 +82,8 @@ class GGUFTensor:
                 yield functools.partial(_fill, place[run.index], info, run)
 
     def quantized(self) -> QuantTensor:
-        """The same numbers as integers with float32 scales. Extra memory: a piece."""
+        """The same numbers as integers with float32 scales. Extra memory: a piece. `WeightsError` for scales that are
+        not finite."""
         form = self.format
         assert form is not None
         result = QuantTensor.empty(form, self.recipe.layout)
@@ -92,9 +93,16 @@ class GGUFTensor:
             codes, scales, minima = (None if t is None else t[..., rows, :] for t in tensors)
             assert codes is not None and scales is not None
             for run in _cut(part, info, (*codes.shape[:-1], result.shape[-1])):
-                numbers = unpack(info.type, _read(info, run))
-                at = run.index
-                codes[at] = _as_stored(numbers, form).reshape(codes[at].shape)
+                data, at = _read(info, run), run.index
+                with np.errstate(all="ignore"):
+                    pairs = unpack_pairs(info.type, data)
+                    numbers = pairs or unpack(info.type, data)
+                if not np.isfinite(numbers.scales).all():
+                    raise WeightsError(
+                        f"{info.file} has scales in {info.name} that are NaN or infinite; fetch it again"
+                    )
+                stored = torch.from_numpy(numbers.codes) if pairs else _as_stored(numbers, form)
+                codes[at] = stored.reshape(codes[at].shape)
                 scales[at] = torch.from_numpy(numbers.scales).reshape(scales[at].shape)
                 if minima is not None:
                     assert numbers.minima is not None
