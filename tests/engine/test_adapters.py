@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import random
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import keye
 from keye import Keye, KeyeError
 from keye.engine.request import Generating
 from keye.engine.sampling import SamplingParams
@@ -24,7 +27,7 @@ from keye.ops.quantized import QuantFormat
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
 from tests.support.adapters import LAYERS, add_products, random_pairs, rslora, write_adapter
 from tests.support.engine import about, add, clip, greedy, run, run_all, step, tokens_of
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_folder, tiny_model
 
 TEXTS = ([3, 5, 7, 11, 13], list(range(20, 60)))
 EXPERTS = "model.layers.0.mlp.experts"
@@ -221,6 +224,22 @@ def test_adapters_load_onto_quantised_layers(model: Keye, tmp_path: Path) -> Non
         merge(other.model, other.runtime.adapters.get("mine"))
 
 
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_adapters_load_onto_a_model_that_is_quantised_while_it_is_loaded(quant: Any, tmp_path: Path) -> None:
+    """As kernels have packed it: every product that an adapter changes is one that it is added to."""
+    folder = tiny_folder(tmp_path / "model")
+    model, plain = keye.load(folder, quant=quant), keye.load(folder, quant=quant)
+    tensors = random_pairs(tiny_model().model) | fused_experts()[0]
+    base = scores(model)
+    model.load_adapter(write_adapter(tmp_path / "adapter", tensors, rank_pattern=FUSED_RANKS), "mine")
+    for ours, before in zip(scores(model), base, strict=True):
+        assert torch.equal(ours, before)
+    exact = keye.load(folder, dtype="float32")
+    merge(exact.model, exact.engine.load_adapter(tmp_path / "adapter", "mine"))
+    for quantised, merged, far in zip(scores(model, "mine"), scores(exact), scores(plain), strict=True):
+        assert (quantised - merged).abs().mean() < 0.4 * (merged - far).abs().mean()
+
+
 def test_a_running_request_goes_on_with_an_adapter_that_is_unloaded(model: Keye, tmp_path: Path) -> None:
     path = write_adapter(tmp_path, random_pairs(model.model))
     model.load_adapter(path, "mine")
@@ -359,3 +378,33 @@ def test_names_of_adapters(model: Keye, tmp_path: Path) -> None:
         model.load_adapter(path, "two words")
     with pytest.raises(KeyeError, match="did you mean captions"):
         model.engine.generate([[1]], SamplingParams(max_tokens=1), adapter="caption")
+
+
+def test_damaged_files_are_one_sentence_or_an_adapter(model: Keye, tmp_path: Path) -> None:
+    """Flipped bytes in the configuration and in the header, and files cut short."""
+    path = write_adapter(tmp_path, random_pairs(model.model, (Q,), r=2), r=2)
+    files = {name: (path / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    rng, outcomes = random.Random(0), Counter[str]()
+    for number in range(80):
+        name = rng.choice([*files])
+        data = bytearray(files[name])
+        if rng.random() < 0.2:
+            del data[rng.randrange(len(data)) :]
+        for _ in range(rng.randint(1, 3)):
+            if data:
+                data[rng.randrange(min(len(data), 600))] = rng.randrange(256)
+        (path / name).write_bytes(data)
+        try:
+            model.load_adapter(path, f"adapter-{number}")
+            outcomes["read"] += 1
+        except KeyeError:
+            outcomes["rejected"] += 1
+        (path / name).write_bytes(files[name])
+    assert outcomes["rejected"] > 20
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"r": ' + "9" * 5000 + "}", "[]", '{"peft_type": "LORA", "r": true}'])
+def test_configurations_beyond_what_python_reads(model: Keye, tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(KeyeError):
+        model.load_adapter(tmp_path, "mine")

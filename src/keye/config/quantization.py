@@ -10,6 +10,8 @@ from keye.config.files import ConfigError
 from keye.config.float8 import float8_block
 from keye.errors import is_whole
 
+#: Where quantisers write into config.json: most, early compressed-tensors, MLX.
+QUANTISER_SECTIONS: Final = ("quantization_config", "compression_config", "quantization")
 #: Formats of compressed-tensors whose codes keye reads.
 _COMPRESSED: Final = (
     "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision"
@@ -87,7 +89,7 @@ def compressed_tensors(raw: Mapping[str, Any]) -> CompressedTensors | None:
 def _bits(weights: list[Mapping[str, Any]]) -> Iterator[int]:
     for weight in weights:
         bits = weight.get("num_bits", 8)
-        if bits not in (4, 8) or (weight.get("type") == "float" and bits != 8):
+        if not is_whole(bits) or bits not in (4, 8) or (weight.get("type") == "float" and bits != 8):
             kind = weight.get("type", "int")
             raise ConfigError(f"config.json has weights of {bits!r} bits ({kind}) by compressed-tensors, of which keye "
                               f"reads int4, int8 and float8: {_INSTEAD}")  # fmt: skip
@@ -120,8 +122,10 @@ def affine_format(raw: Mapping[str, Any]) -> AffineFormat | None:
 
 def _bits_and_group(value: Mapping[str, Any], name: str) -> tuple[int, int]:
     bits, group, mode = value.get("bits"), value.get("group_size", 64), value.get("mode", "affine")
-    if mode != "affine" or bits not in (4, 8) or group not in (32, 64, 128):
+    is_known = is_whole(bits) and bits in (4, 8) and is_whole(group) and group in (32, 64, 128)
+    if mode != "affine" or not is_known:
         raise ConfigError(f"config.json has quantization of MLX with bits {bits!r}, group_size {group!r} and mode "
                           f"{mode!r} for {name[:200]}; keye reads affine 4 and 8 bits in groups of 32, 64 or 128: "
                           f"{_INSTEAD}")  # fmt: skip
+    assert isinstance(bits, int) and isinstance(group, int)
     return bits, group

@@ -36,15 +36,17 @@ def check_not_input(path: Path, flag: str, sources: Iterable[object]) -> None:
 
 
 def copy_small_files(folder: Path, output: Path, fields: Mapping[str, Any]) -> None:
-    """Copies what a checkpoint has beside its weights; config.json without `quantization_config`, with `fields`."""
+    """Copies what a checkpoint has beside its weights; config.json without what a quantiser wrote, with `fields`."""
     from keye.config import read_json
+    from keye.config.quantization import QUANTISER_SECTIONS
     from keye.hub.download import SMALL_SUFFIXES
 
     for file in folder.iterdir():
         if file.suffix in SMALL_SUFFIXES and file.is_file() and file.name not in _OF_WEIGHTS:
             shutil.copyfile(file, output / file.name)
     config = {**read_json(folder / "config.json"), **fields}
-    config.pop("quantization_config", None)
+    for section in QUANTISER_SECTIONS:
+        config.pop(section, None)
     (output / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

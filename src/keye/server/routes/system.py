@@ -64,6 +64,7 @@ def _model(context: Context, name: str) -> dict[str, Any]:
     """The entry of a model. Which others fit this machine is for clients on it and for those with a key: the guard lets
     no others in."""
     config, defaults = context.model.config, context.model.runtime.generation_config
+    is_adapter = name in context.model.adapters
     scope = defaults.scope
     facts = {
         "context": config.text.max_position_embeddings,
@@ -72,10 +73,10 @@ def _model(context: Context, name: str) -> dict[str, Any]:
         "examples": list(defaults.examples),
         "scope": None if scope is None else {k: v for k, v in asdict(scope).items() if k != "words"},
         "measured_frames": MOST_WINDOW_FRAMES if scope is None else scope.frames,
-        "capabilities": list(_CAPABILITIES),
+        "capabilities": [able for able in _CAPABILITIES if not (is_adapter and able == "find")],
         "known_models": [known.to_dict() for known in list_known_models()],
     }
-    parent = {"parent": context.names[0]} if name in context.model.adapters else {}
+    parent = {"parent": context.names[0]} if is_adapter else {}
     return {
         "id": name, "object": "model", "created": int(context.started), "owned_by": "keye", **parent,
         "max_model_len": config.text.max_position_embeddings, "keye": facts,
