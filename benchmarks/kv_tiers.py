@@ -25,11 +25,11 @@ from typing import Any, get_args
 
 import torch
 
-from keye.cache.mapped import advise, fetch_rows, map_tensor
 from keye.cache.slabs import KVFormat, KVLayout
 from keye.config import load_model_config
 from keye.hub import asset
 from keye.models.attention import cache_rows
+from keye.ops.mapped import advise, fetch_rows, map_tensor
 
 TOPK, DEVICE_SHARE = 2048, 0.75
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 from PIL import Image
 
@@ -24,6 +24,7 @@ from keye.config import (
     load_model_config,
     load_processor_config,
 )  # fmt: skip
+from keye.config.environment import cache_folder
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import PromptCost
@@ -308,7 +309,7 @@ def load(
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
     adapters: Mapping[str, str | Path] | None = None, adapter: str | None = None, mmproj: str | Path | None = None,
-    **unknown: Never,
+    experts: Literal["memory", "disk"] = "memory", experts_folder: str | Path | None = None, **unknown: Never,
 ) -> Keye:  # fmt: skip
     """Loads a model by name ("nano", a hub name), from a folder or from a GGUF file. `mmproj` is the vision part of a
     GGUF file, by default the only `mmproj*.gguf` beside it; without one the model answers text alone.
@@ -329,6 +330,10 @@ def load(
     "host" memory beside a GPU, or in a "file" in `kv_folder` that is mapped. `memory` bytes ("8GiB") may be taken for
     keys, values and visual tokens, most of what is free by default; what does not fit is refused or waits.
 
+    Quantised `experts` lie in "memory", or on "disk": in a file in `experts_folder` (by default in keye's cache), which
+    is made when a model is first loaded so. The system keeps as many in memory as it has room for, and what is chosen
+    is read ahead; the tokens are the same. Keys and values then get half of what is free by default.
+
     `decoder` decodes video files elsewhere, to the same frames: `keye.cluster.decode_reader.ServiceDecoder`.
 
     `adapters` are LoRA adapters by the names that requests choose them by, each a folder that PEFT wrote; `adapter` is
@@ -341,6 +346,11 @@ def load(
     check_device(device)
     storing = KVOptions(kv, indexer_kv, kv_tier, None if kv_folder is None else Path(kv_folder))
     limit = None if memory is None else parse_bytes(memory, "memory")
+    if experts not in ("memory", "disk"):
+        raise KeyeError(f"experts is {experts!r}; choose memory or disk")
+    if experts == "memory" and experts_folder is not None:
+        raise KeyeError("experts_folder is where experts on disk lie; set experts to disk as well")
+    on_disk = Path(experts_folder or cache_folder() / "experts") if experts == "disk" else None
     name = str(name_or_path)
     for path in (adapters or {}).values():  # before minutes are spent on loading the model
         LoraConfig.from_file(Path(path).expanduser() / ADAPTER_CONFIG)
@@ -357,12 +367,15 @@ def load(
     folder = resolve(name, revision=revision, progress=progress, mmproj=mmproj)
     chosen_dtype = torch_dtype(dtype or config.dtype)
     form = quant or (None if dtype is None else "none")
-    model, report = load_model(folder, config, device=device, dtype=chosen_dtype, quant=form)
+    model, report = load_model(folder, config, device=device, dtype=chosen_dtype, quant=form, experts_folder=on_disk)
+    room = free_memory(device)
+    if on_disk is not None and room is not None:
+        room //= 2  # the rest keeps experts
     notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
     own_name = str(config.raw.get("keye_name") or Path(name).name.removesuffix(".gguf"))
     loaded = Keye(Runtime.create(
         own_name, model, tokenizer, processor, generation_config,
-        attention=attention, template=chosen, kv=replace(storing, memory=limit or free_memory(device)),
+        attention=attention, template=chosen, kv=replace(storing, memory=limit or room),
         notes=tuple(notes), open_index=_open_index, folder=folder,
     ))  # fmt: skip
     for own, path in (adapters or {}).items():

@@ -17,13 +17,14 @@ import torch
 
 import keye
 from keye import Frames, Keye, KeyeError
-from keye.cache import mapped
 from keye.cache.ledger import Ledger, OutOfMemory
+from keye.cache.mapped import scratch_tensor
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVFormat, KVOptions, KVStore, file_slabs
 from keye.data.frameforge import make_clip, questions, render
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
+from keye.ops.mapped import fetch_rows
 from tests.support.rows import kv_layout, kv_rows
 
 FRAMES = Frames(np.random.default_rng(0).integers(0, 256, (6, 56, 56, 3), dtype=np.uint8), [i / 2 for i in range(6)])
@@ -88,14 +89,16 @@ def test_the_kernels_get_addresses_in_the_map(tmp_path: Path) -> None:
 def test_rows_are_asked_for_together_page_by_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request: list[tuple[int, int]] = []
     base = 0
-    monkeypatch.setattr(mapped, "_MADVISE", lambda start, nbytes, _: request.append((start - base, nbytes)) or 0)
-    rows = mapped.scratch_tensor(tmp_path, (400, 272))
+    monkeypatch.setattr(
+        "keye.ops.mapped._MADVISE", lambda start, nbytes, _: request.append((start - base, nbytes)) or 0
+    )
+    rows = scratch_tensor(tmp_path, (400, 272))
     base, page = rows.data_ptr(), mmap.PAGESIZE
     assert base % page == 0
-    mapped.fetch_rows(rows, torch.tensor([0, 1, 399, page // 272]))
+    fetch_rows(rows, torch.tensor([0, 1, 399, page // 272]))
     assert request == [(0, 2 * page), (399 * 272 // page * page, page)], "a row over two pages, and one far away"
     request.clear()
-    mapped.fetch_rows(rows, torch.arange(400))
+    fetch_rows(rows, torch.arange(400))
     assert request == [(0, -(-400 * 272 // page) * page)], "neighbours are one run"
 
 

@@ -36,13 +36,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from keye.cache.checksums import FRESH, BlockCheck, Identity, damage_error, identity_of
-from keye.cache.mapped import DISK_RESERVE, advise, check_disk, map_tensor
+from keye.cache.mapped import DISK_RESERVE, check_disk
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVLayout, SlabRows
 from keye.errors import KeyeError
 from keye.files import check_output, output_file
 from keye.media.source.fetch import INDEX_MAGIC
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat
+from keye.ops.mapped import advise, map_tensor
 
 VERSION: Final = 2
 #: The version of files of several images.

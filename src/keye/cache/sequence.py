@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from keye.cache.mapped import fetch_rows
 from keye.cache.slabs import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
+from keye.ops.mapped import fetch_rows
 
 if TYPE_CHECKING:
     from keye.cache.checksums import BlockCheck

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig, read_json, vision_config_from_dict
 from keye.errors import KeyeError, KeyeWarning, warn
+from keye.models.expert_file import load_on_disk
 from keye.models.keye import KeyeModel
 from keye.models.moe import Experts, Router, lay_out_for_decoding
 from keye.models.quant_fill import (
@@ -73,14 +74,16 @@ class LoadReport:
 def load_model(
     folder: Path, config: KeyeConfig, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None,
     strict: bool = True, layers: LayerFactory | None = None, quant: str | Policy | None = None,
+    experts_folder: Path | None = None,
 ) -> tuple[KeyeModel, LoadReport]:  # fmt: skip
     """Builds the model and fills it straight from the files; extra memory is a few buffers, at most a tensor each.
 
     `dtype` defaults to the one in the config. Quantised files keep their bits, unless `quant` is none: then those of
     other programs (GGUF) become plain numbers; int4, int8, fp8 or a policy quantises others while they are read.
     `layers` replaces layers while they are on the meta device: the files must then hold the tensors of the
-    replacements. A 2.0 checkpoint without any indexer weights gives a dense model. Raises `WeightsError` that names
-    every missing, mis-shaped and, if `strict`, unexpected tensor.
+    replacements. A 2.0 checkpoint without any indexer weights gives a dense model. With `experts_folder` quantised
+    experts lie in a file there (`keye.models.expert_file`), and not in memory. Raises `WeightsError` that names every
+    missing, mis-shaped and, if `strict`, unexpected tensor.
     """
     dtype = dtype or torch_dtype(config.dtype)
     tensors = open_weights(Path(folder))
@@ -94,6 +97,8 @@ def load_model(
     lay_out_for_decoding(model, device, dtype)
     model = model.to(dtype).to_empty(device=device)
     model.tie_weights()
+    if experts_folder is not None:
+        plan = load_on_disk(model, plan, tensors, experts_folder)
     fill(model, plan, tensors)
     pack_weights(model)
     if config.text.hidden_size >= NATIVE_WIDTH:

@@ -185,6 +185,18 @@ class PackedWeight(Protocol):
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """That of scales and minima in packed memory."""
+
+    @property
+    def data(self) -> Tensor:
+        """Its bytes, uint8 [matrices, bytes of each]."""
+
+    def move(self, data: Tensor, *, is_mapped: bool) -> None:
+        """Reads the weight from other memory from now on, uint8 [nbytes], which holds the same bytes. Of a mapped file
+        the experts of a product are asked for together before they are read."""
+
     def unpack(self) -> QuantTensor:
         """The weight, bit for bit."""
 

@@ -8,6 +8,7 @@ both give the same sets, and the same outputs up to rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CDLL
@@ -25,7 +26,7 @@ from keye.ops.cpu import elementwise as cpu_elementwise
 from keye.ops.cpu import gemv
 from keye.ops.cpu import quantized as packed
 from keye.ops.elementwise import PLAIN, Elementwise
-from keye.ops.quantized import PackedWeight, QuantTensor
+from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
@@ -168,6 +169,18 @@ def multiply_quantized(x: Tensor, weight: QuantTensor, sizes: list[int] | None =
 
             return multiply(x, weight, sizes)
     return quantized.matmul(x, weight) if sizes is None else quantized.grouped_matmul(x, weight, sizes)
+
+
+def empty_packed(form: QuantFormat, shape: tuple[int, ...], scale_dtype: torch.dtype) -> PackedWeight | None:
+    """A packed weight in main memory that is not written yet; None where `pack_weight` would make none."""
+    library = _find_library(torch.empty(0)) if packed.takes(form) else None
+    return None if library is None else packed.CpuPacked(library, form, shape, scale_dtype)
+
+
+def describe_packing() -> str:
+    """What the layout of packed weights depends on: the compiled core by its name, which changes with its sources."""
+    library = _find_library(torch.empty(0))
+    return "" if library is None else os.path.basename(library._name)
 
 
 def mix_packed_experts(

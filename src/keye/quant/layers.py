@@ -78,6 +78,11 @@ class QuantizedWeight(nn.Module):
             self._digest, self.packed = self.digest, packed
             self.codes = self.scales = self.minima = None
 
+    def adopt(self, packed: PackedWeight, own_digest: str) -> None:
+        """Takes a packed weight of the same numbers, whose digest is known, in the place of codes and scales."""
+        self.packed, self._digest = packed, own_digest
+        self.codes = self.scales = self.minima = None
+
     def unpack(self) -> None:
         """Undoes `pack`."""
         if self.packed is not None:

@@ -24,7 +24,7 @@ VIDEO_OPTIONS = (
 )  # fmt: skip
 #: Formats, which an index fixes; the tier of the KV state is free.
 FORMAT_OPTIONS = ("kv", "indexer_kv")
-STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory")
+STORING_OPTIONS = (*FORMAT_OPTIONS, "kv_tier", "kv_folder", "memory", "experts", "experts_folder")
 SAMPLING_OPTIONS = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 
 
@@ -137,6 +137,11 @@ storing: Callable[[F], F] = combine(
                  help="Folder of the mapped file.  [default: the system's temporary folder]"),
     click.option("--memory", type=Bytes(), metavar="SIZE",
                  help="Memory budget of keys, values and visual tokens, as 8GiB.  [default: what is free]"),
+    click.option("--experts", type=click.Choice(["memory", "disk"]),
+                 help="Where quantised experts are: in memory, or in a file of which the system keeps what is used.  "
+                      "[default: memory]"),
+    click.option("--experts-folder", type=PATH, metavar="DIR",
+                 help="Folder of that file, as large as the experts.  [default: keye's cache]"),
 )  # fmt: skip
 transcribe: Callable[[F], F] = combine(
     click.option("--transcribe", metavar="URL",

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from keye.ops.mapped import fetch_rows
 from keye.ops.quantized import QuantFormat, QuantTensor
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -65,7 +66,7 @@ class CpuPacked:
     def __init__(self, core: ctypes.CDLL, form: QuantFormat, shape: tuple[int, ...], scale_dtype: torch.dtype) -> None:
         """Memory that is not written yet; `scale_dtype` is that of scales and minima there."""
         self._core, self.format, self.shape = core, form, shape
-        self._scale_dtype = scale_dtype
+        self._scale_dtype, self._is_mapped = scale_dtype, False
         self._quant = _Quant(
             matrices=prod(shape[:-2]), outputs=shape[-2], inner=shape[-1], bits=_BITS[form.kind],
             step=32 if form.group is not None and form.group % 64 else 64, has_minimum=form.has_minimum,
@@ -85,6 +86,28 @@ class CpuPacked:
         packed = cls(core, weight.format, weight.shape, dtype)
         packed._exchange(core.keye_quant_pack, weight.codes.contiguous(), [part.to(dtype) for part in parts])
         return packed
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """That of scales and minima in packed memory."""
+        return self._scale_dtype
+
+    @property
+    def data(self) -> Tensor:
+        """Its bytes, uint8 [matrices, bytes of each]."""
+        return self._data.view(self._quant.matrices, -1)
+
+    def move(self, data: Tensor, *, is_mapped: bool) -> None:
+        """Reads the weight from other memory from now on, uint8 [nbytes], which holds the same bytes. Of a mapped file
+        the experts of a product are asked for together before they are read."""
+        assert data.nbytes == self._data.nbytes
+        self._data, self._is_mapped = data, is_mapped
+        self._quant.data = data.data_ptr()
+
+    def fetch(self, experts: Tensor) -> None:
+        """Has the system read the weights of these experts, int64, ahead, where they lie in a mapped file."""
+        if self._is_mapped:
+            fetch_rows(self.data, experts.flatten().unique())
 
     def __deepcopy__(self, memo: object) -> CpuPacked:
         return self  # nothing writes to it
@@ -109,6 +132,8 @@ class CpuPacked:
     def grouped_matmul(self, x_NK: Tensor, sizes: Sequence[int]) -> Tensor:
         """The same for rows that are sorted by expert, `sizes` of each -> [N, M]."""
         assert len(sizes) == self._quant.matrices and sum(sizes) == x_NK.shape[0]
+        if self._is_mapped:
+            self.fetch(torch.tensor(sizes).nonzero())
         array = (ctypes.c_int64 * len(sizes))(*sizes)
         return self._multiply(x_NK, ctypes.addressof(array), None)
 
@@ -138,6 +163,8 @@ def mix_experts(
     if down.shape[-1] % 32:
         return None
     x, chosen, weights = x_TK.contiguous(), chosen_TK.contiguous(), weights_TK.float().contiguous()
+    for packed in (gate_up, down):
+        packed.fetch(chosen)
     out = torch.empty_like(x)
     call = _Experts(x.data_ptr(), out.data_ptr(), chosen.data_ptr(), weights.data_ptr(), x.shape[0], chosen.shape[1],
                     _DTYPES[x.dtype], torch.get_num_threads())  # fmt: skip
