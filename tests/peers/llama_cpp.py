@@ -13,17 +13,21 @@ from contextlib import contextmanager
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from tests.peers.install import FOLDER
 
+Flash = Literal["auto", "off", "on"]
+Kv = Literal["float32", "float16"]
 #: `llama_ftype` of llama.h.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q5_0": 8, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17,
               "Q6_K": 18, "BF16": 32}  # fmt: skip
 #: Backends of the processor and the flag of /proc/cpuinfo that each needs, best first.
 _BACKENDS = {"zen4": "avx512_bf16", "skylakex": "avx512bw", "haswell": "avx2", "x64": "sse2"}
-_F32, _F16 = 0, 1
+_FLASH: dict[Flash, int] = {"auto": -1, "off": 0, "on": 1}
+_KV: dict[Kv, int] = {"float32": 0, "float16": 1}
 
 
 class _ModelParams(ctypes.Structure):
@@ -101,7 +105,7 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL, ctypes.CDLL]:
         ("llama_model_quantize_default_params", _QuantizeParams), ("llama_model_load_from_file", c_void_p),
         ("llama_init_from_model", c_void_p), ("llama_get_model", c_void_p), ("llama_model_get_vocab", c_void_p),
         ("llama_vocab_n_tokens", c_int32), ("llama_batch_init", _Batch), ("llama_decode", c_int32),
-        ("llama_get_logits_ith", ctypes.POINTER(c_float)), ("llama_model_quantize", c_uint32),
+        ("llama_get_logits_ith", ctypes.POINTER(c_float)), ("llama_get_memory", c_void_p), ("llama_model_quantize", c_uint32),
     ):  # fmt: skip
         getattr(llama, function).restype = result
     return llama, ggml, base
@@ -130,13 +134,20 @@ class Context:
         read = (llama.llama_get_logits_ith(self._handle, c_int32(i)) for i in rows)
         return np.stack([np.ctypeslib.as_array(row, (self._vocabulary,)).copy() for row in read])
 
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        llama = _libraries()[0]
+        llama.llama_memory_clear(c_void_p(llama.llama_get_memory(self._handle)), c_bool(True))
+        self._length = 0
+
 
 @contextmanager
 def open_model(
-    file: Path, *, context: int = 512, batch: int = 512, threads: int = 1, flash: bool = False, kv_float32: bool = True,
+    file: Path, *, context: int = 512, ubatch: int = 512, threads: int = 1, flash: Flash = "off", kv: Kv = "float32",
     check: bool = True,
 ) -> Iterator[Context]:  # fmt: skip
-    """A GGUF file in llama.cpp. `AssertionError` with its last messages where it rejects the file."""
+    """A GGUF file in llama.cpp, for steps of up to `context` tokens, which it computes `ubatch` at a time.
+    `AssertionError` with its last messages where it rejects the file."""
     llama = _libraries()[0]
     _messages.clear()
     params = llama.llama_model_default_params()
@@ -144,10 +155,11 @@ def open_model(
     model = llama.llama_model_load_from_file(str(file).encode(), params)
     assert model, "llama.cpp rejects the file: " + "".join(_messages[-4:])
     settings = llama.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = context, max(batch, 32), max(batch, 32)
+    settings.n_ctx = settings.n_batch = max(context, 64)
+    settings.n_ubatch = ubatch
     settings.n_threads = settings.n_threads_batch = threads
-    settings.flash_attn_type = int(flash)
-    settings.type_k = settings.type_v = _F32 if kv_float32 else _F16
+    settings.flash_attn_type = _FLASH[flash]
+    settings.type_k = settings.type_v = _KV[kv]
     handle = llama.llama_init_from_model(c_void_p(model), settings)
     assert handle, "llama.cpp makes no context: " + "".join(_messages[-4:])
     try:
@@ -160,7 +172,7 @@ def open_model(
 
 def logits(file: Path, tokens: Sequence[int]) -> np.ndarray:
     """float32 logits [tokens, vocabulary] of one sequence."""
-    with open_model(file, context=max(64, len(tokens)), batch=len(tokens)) as model:
+    with open_model(file, context=len(tokens)) as model:
         return model.step(tokens)
 
 
