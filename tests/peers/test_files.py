@@ -14,7 +14,8 @@ from keye.weights.export import export_text
 from keye.weights.gguf.dequantize import dequantize
 from keye.weights.gguf.reader import read_gguf
 from tests.peers import llama_cpp
-from tests.peers.models import dense_logits, small_folder, tokens_of
+from tests.peers.models import dense_logits, logits_and_gaps, small_folder, tokens_of
+from tests.support.latent import latent_folder
 
 pytestmark = pytest.mark.peer
 #: Geometries in which the rules of the mixes differ, by fields of config.json.
@@ -77,6 +78,27 @@ def test_quantised_files_have_the_logits_of_their_own_weights(tmp_path, file_typ
         llama_cpp.logits(tmp_path / "model.gguf", tokens),
     )
     assert np.sqrt(np.square(ours - theirs).mean()) <= bound * theirs.std()
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q3_K_M"])
+def test_quantised_experts_have_the_logits_of_their_own_weights(tmp_path, file_type):
+    """Of the tokens whose experts are no close call: llama.cpp rounds activations, and may choose others."""
+    fields, tokens = {**GEOMETRIES["eight experts"], "num_hidden_layers": 1}, tokens_of(200)
+    folder = small_folder(tmp_path / "model", router_scale=8, **fields)
+    export_text(folder, tmp_path / "model.gguf", file_type, text_only=True)
+    ours, gaps = logits_and_gaps(resolve(tmp_path / "model.gguf"), tokens)
+    theirs, safe = llama_cpp.logits(tmp_path / "model.gguf", tokens), gaps > 0.2
+    assert safe.sum() > 50
+    assert np.sqrt(np.square(ours[safe] - theirs[safe]).mean()) <= 0.03 * theirs.std()
+
+
+@pytest.mark.parametrize("changes", [{}, {"rope_scaling": None}, {"n_group": 1, "topk_group": 1}])
+def test_the_text_of_671b_is_a_model_that_llama_cpp_runs(tmp_path, changes):
+    folder, tokens = latent_folder(tmp_path / "model", **changes), tokens_of(40)
+    export_text(folder, tmp_path / "model.gguf", "F32")
+    np.testing.assert_allclose(
+        llama_cpp.logits(tmp_path / "model.gguf", tokens), dense_logits(folder, tokens), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q3_K_M"])

@@ -67,7 +67,7 @@ def plan_conversion(
     indexer unless `indexer`. `GGUFError` names tensors that GGUF has no place for."""
     recipes, unknown = {}, []
     for name in sorted(sources, key=lambda name: sources[name].place):
-        if not _belongs(name, what, indexer):
+        if not _belongs(name, what, indexer) or _is_draft(name, layers):
             continue
         recipe = _recipe(name, sources[name].shape, sizes)
         if recipe is None:
@@ -88,6 +88,12 @@ def _belongs(name: str, what: What, indexer: bool) -> bool:
     if IGNORED.search(name) and not (_PACKING in name and what == "vision"):
         return False
     return name.startswith(VISION) == (what == "vision") and (indexer or INDEXER not in name)
+
+
+def _is_draft(name: str, layers: int) -> bool:
+    """Whether a tensor is of the layers behind the last one, which draft tokens and are not run."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= layers
 
 
 def _recipe(name: str, shape: Shape, sizes: Sizes) -> Recipe | None:
