@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from keye.weights.gguf.reader import read_gguf
+from keye.weights.safetensors import open_checkpoint
 
 
 def test_two_gguf_files_become_a_folder_again(run: Callable, model_folder: Path, tmp_path: Path) -> None:
@@ -25,6 +26,18 @@ def test_the_default_is_the_mix_that_most_people_take(run: Callable, model_folde
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1].endswith("Q4_K_M")
     assert read_gguf(tmp_path / "text.gguf").metadata["general.file_type"] == 15
+
+
+def test_a_model_that_keye_quantised_becomes_plain_numbers(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    assert run("quantize", model_folder, "--to", "int8", "-o", tmp_path / "int8").code == 0
+    assert run("convert", tmp_path / "int8", "-o", tmp_path / "plain").code == 0
+    wanted, plain = open_checkpoint(model_folder), open_checkpoint(tmp_path / "plain")
+    for name, tensor in wanted.items():
+        x = tensor.read().float()
+        assert float((plain[name].read().float() - x).norm()) <= 0.02 * float(x.norm()), name
+    result = run("convert", tmp_path / "int8", "--type", "Q8_0", "-o", tmp_path / "model.gguf")
+    assert result.code == 0
+    assert "the weights are quantised already, and Q8_0 loses more" in result.err
 
 
 @pytest.mark.parametrize(

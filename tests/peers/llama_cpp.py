@@ -105,7 +105,8 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL, ctypes.CDLL]:
         ("llama_model_quantize_default_params", _QuantizeParams), ("llama_model_load_from_file", c_void_p),
         ("llama_init_from_model", c_void_p), ("llama_get_model", c_void_p), ("llama_model_get_vocab", c_void_p),
         ("llama_vocab_n_tokens", c_int32), ("llama_batch_init", _Batch), ("llama_decode", c_int32),
-        ("llama_get_logits_ith", ctypes.POINTER(c_float)), ("llama_get_memory", c_void_p), ("llama_model_quantize", c_uint32),
+        ("llama_get_logits_ith", ctypes.POINTER(c_float)), ("llama_get_memory", c_void_p),
+        ("llama_model_quantize", c_uint32),
     ):  # fmt: skip
         getattr(llama, function).restype = result
     return llama, ggml, base

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import resource
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -200,6 +203,24 @@ def test_an_interrupted_conversion_is_continued(folder, tmp_path):
     write_conversion(complete, plan, {}, fingerprint="a")
     assert path.read_bytes() == complete.read_bytes()
     assert {file.name for file in tmp_path.iterdir()} == {"model.gguf", "complete.gguf"}
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_killed_is_continued(folder, tmp_path):
+    path = tmp_path / "model.gguf"
+    program = (
+        "import os, signal, sys; from pathlib import Path; from keye.weights.export import export_text\n"
+        "def kill(done, total): done < 0.99 * total or os.kill(os.getpid(), signal.SIGKILL)\n"
+        "export_text(Path(sys.argv[1]), Path(sys.argv[2]), 'Q8_0', on_progress=kill)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(folder), str(path)])
+    assert done.returncode == -signal.SIGKILL
+    assert not path.exists()
+    shares: list[float] = []
+    export_text(folder, path, "Q8_0", on_progress=lambda done, total: shares.append(done / total))
+    assert shares[0] > 0.5
+    export_text(folder, tmp_path / "complete.gguf", "Q8_0")
+    assert path.read_bytes() == (tmp_path / "complete.gguf").read_bytes()
 
 
 def test_a_draft_of_another_checkpoint_is_not_continued(folder, tmp_path):

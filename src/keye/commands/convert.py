@@ -13,6 +13,8 @@ from keye.units import format_bytes
 
 #: Numbers that one unit of the progress bar stands for.
 _MILLION = 1_000_000
+#: From so many numbers on progress is also noted where standard error is not a terminal.
+_LARGE = 200 * _MILLION
 _FORMATS = ("gguf", "safetensors")
 _TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_K_M", "Q3_K_M")
 
@@ -58,7 +60,8 @@ def convert(
     with show.progress_bar("converting, million weights", notes=True) as advance:
 
         def report(done: int, total: int) -> None:
-            advance(done // _MILLION, max(1, total // _MILLION))
+            if total >= _LARGE or inputs.stderr().is_terminal:
+                advance(done // _MILLION, max(1, total // _MILLION))
 
         if target == "gguf":
             result = _write_gguf(model, folder, output, kind, vision, text_only, report)
@@ -91,13 +94,16 @@ def _check_folder(output: Path, overwrite: bool, *, vision: bool, text_only: boo
 def _write_gguf(
     model: str, folder: Path, output: Path, kind: str | None, vision: bool, text_only: bool, report: Any
 ) -> dict[str, Any]:
+    from keye.commands.shared.inputs import note
     from keye.weights.export import export_text, export_vision
 
     if vision and text_only:
         raise KeyeError("--mmproj and --text-only exclude each other: a text alone has no vision part")
-    _check_model(folder)
+    is_quantised = _check_model(folder)
     name = Path(model).name if Path(model).exists() else model
     kind = kind or ("F16" if vision else "Q4_K_M")
+    if is_quantised and kind.startswith("Q"):
+        note(f"the weights are quantised already, and {kind} loses more: convert the model that they were made of")
     if vision:
         export_vision(folder, output, kind, name=name, on_progress=report)
     else:
@@ -105,13 +111,17 @@ def _write_gguf(
     return {"output": str(output), "type": kind, "part": "vision" if vision else "text", "bytes": output.stat().st_size}
 
 
-def _check_model(folder: Path) -> None:
-    """An error that names every tensor that is missing or does not fit, before anything is written."""
+def _check_model(folder: Path) -> bool:
+    """An error that names every tensor that is missing or does not fit, before anything is written. Returns whether
+    weights are quantised."""
     from keye.config import load_model_config
     from keye.models.load import check_fit
+    from keye.models.quant_fill import stored_policy
     from keye.weights.open import open_weights
 
-    check_fit(open_weights(folder), load_model_config(folder))
+    config, tensors = load_model_config(folder), open_weights(folder)
+    check_fit(tensors, config)
+    return stored_policy(config) is not None or any(tensor.format is not None for tensor in tensors.values())
 
 
 def _write_folder(folder: Path, output: Path, kind: str | None, report: Any) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def _write_folder(folder: Path, output: Path, kind: str | None, report: Any) -> 
 
     from keye.commands.shared.outputs import copy_small_files
     from keye.files import unwritable
-    from keye.weights.open import open_weights
+    from keye.weights.coded import open_plain
     from keye.weights.plain import write_plain
 
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -128,7 +138,7 @@ def _write_folder(folder: Path, output: Path, kind: str | None, report: Any) -> 
         raise KeyeError(f"--type {kind} is a format of GGUF files; safetensors take {', '.join(dtypes)}")
     _check_model(folder)
     try:
-        write_plain(open_weights(folder), output, dtypes[kind], report)
+        write_plain(open_plain(folder), output, dtypes[kind], report)
         copy_small_files(folder, output, {"torch_dtype": str(dtypes[kind]).removeprefix("torch.")})
         size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     except OSError as error:

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 from keye.config import architecture_name, read_json
 from keye.releases import V2, V671B, releases_by_architecture
+from keye.weights.coded import open_plain
 from keye.weights.gguf.convert import Conversion, plan_conversion, write_conversion
 from keye.weights.gguf.metadata import FILE_KEY, FILES, KEYE2, text_metadata, vision_metadata
 from keye.weights.gguf.mixes import TEXT_TYPES, VISION_TYPES
 from keye.weights.gguf.names import Sizes
 from keye.weights.gguf.reader import GGUFError, Value
 from keye.weights.gguf.tokens import token_metadata
-from keye.weights.open import open_weights
 from keye.weights.source import TensorSource
 
 _TOKEN_IDS: Final = {"eos": "eos_token_id", "padding": "pad_token_id", "bos": "bos_token_id"}
@@ -31,7 +31,7 @@ def export_text(
     """Writes the language model of a checkpoint as `file_type`, one of `TEXT_TYPES`. `text_only` writes 2.0 without its
     indexer. `KeyeError` with one sentence where it cannot; see `write_conversion`."""
     raw = read_json(folder / "config.json")
-    sources = open_weights(folder)
+    sources = open_plain(folder)
     conversion = plan_text(raw, sources, file_type, text_only=text_only)
     values = {**_general("model", _architecture(raw, text_only), name), **_text_values(folder, raw, text_only)}
     write_conversion(path, conversion, values, on_progress, fingerprint=_fingerprint(sources))
@@ -43,7 +43,7 @@ def export_vision(
 ) -> None:  # fmt: skip
     """Writes the vision tower and projector as `file_type`, one of `VISION_TYPES`; else as `export_text`."""
     raw = read_json(folder / "config.json")
-    sources = open_weights(folder)
+    sources = open_plain(folder)
     conversion = plan_vision(sources, file_type)
     if not conversion.recipes:
         raise GGUFError(f"{folder} has no vision tower; leave --mmproj out")
