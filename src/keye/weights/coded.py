@@ -91,7 +91,7 @@ def join_codes(tensors: Mapping[str, StoredTensor], policy: Policy) -> dict[str,
 
 def _join(
     name: str, codes: StoredTensor, tensors: Mapping[str, StoredTensor], policy: Policy
-) -> Iterator[tuple[str, CodedTensor]]:
+) -> Iterator[tuple[str, TensorSource]]:
     form = policy.format_of(name)
     leaves = ("codes", "scales", "minima") if form is not None and form.has_minimum else ("codes", "scales")
     if form is None or any(f"{name}.{leaf}" not in tensors for leaf in leaves):
