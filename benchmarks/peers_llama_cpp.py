@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +44,10 @@ class Noise:
     is_readable: bool = True
     place: tuple[str, int] = ("", 0)
     format: None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * math.prod(self.shape)
 
     def part(self, begin: int, end: int) -> Noise:
         return replace(self, shape=(end - begin, *self.shape[1:]))

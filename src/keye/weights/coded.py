@@ -3,6 +3,7 @@ where they are read, as those of other files are by themselves."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,12 @@ class CodedTensor:
     @property
     def dtype(self) -> str:
         return str(self.stored_format)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its codes and scales in the files."""
+        matrix = math.prod(self.parts[0].shape[:-1])
+        return sum(part.nbytes for part in self.parts) * (self.end - self.begin) // matrix
 
     @property
     def is_readable(self) -> bool:
