@@ -17,6 +17,8 @@ from keye.ops.quantized import (
     pack_int4,
     quantize_activations,
     round_activations,
+    scaled_matmul,
+    takes_scaled,
     unpack_int4,
 )
 
@@ -93,6 +95,18 @@ def test_products_are_those_of_the_numbers(form: QuantFormat) -> None:
     torch.testing.assert_close(matmul(x, weight), expected, rtol=0.02, atol=0.02 * float(expected.std()))
     torch.testing.assert_close(integer_matmul(x, weight), (round_activations(x) @ w64.T).float(), **near)
     assert (integer_matmul(x, weight) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_float8_activations_round_each_row() -> None:
+    torch.manual_seed(0)
+    weight = fill(QuantFormat("fp8"), 32, 64)
+    x = torch.randn(5, 64) * torch.tensor([1e-6, 1.0, 3.0, 1e4, 0.0]).unsqueeze(1)
+    assert takes_scaled(weight) and not takes_scaled(fill(QuantFormat("fp8"), 32, 77))
+    assert not takes_scaled(fill(QuantFormat("fp8", 16), 32, 64))
+    expected, out = exact_matmul(x, weight), scaled_matmul(x, weight)
+    assert out.shape == (5, 32) and not out[4].any()
+    for row in range(4):
+        assert (out[row] - expected[row]).norm() < 0.06 * expected[row].norm()
 
 
 def test_rows_of_experts_meet_their_weights() -> None:

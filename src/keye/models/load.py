@@ -23,6 +23,7 @@ from keye.models.keye import KeyeModel
 from keye.models.moe import Experts, Router, lay_out_for_decoding
 from keye.models.quant_fill import (
     Fill,
+    check_listed,
     keep_formats,
     plain_fills,
     plain_state,
@@ -256,6 +257,8 @@ def plan_model(
             return layer if form is None else quantize_layer(layer, form)
 
         replace_layers(model, quantise)
+        if policy is not None:
+            check_listed(model, policy)
         if layers is not None:
             replace_layers(model, layers)
     plan, report = _plan(model, tensors, strict=strict)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from keye.config import KeyeConfig
+from keye.errors import KeyeError
 from keye.models.moe import Experts
 from keye.ops.quantized import QuantFormat, QuantTensor
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
-from keye.quant.policy import Policy
+from keye.quant.policy import UNLISTED, Policy
 from keye.quant.search import Loss, QuantError, quantize_into
 from keye.weights.names import file_tensors
 from keye.weights.source import TensorSource, WeightsError
@@ -120,6 +121,19 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(module, QuantizedWeight):  # whose state may have to be unpacked
             module._save_to_state_dict(state, name + "." if name else "", keep_vars=False)
     return state
+
+
+def check_listed(model: nn.Module, policy: Policy) -> None:
+    """`KeyeError` where more than `UNLISTED` of a quantised model's numbers stay in high precision without being listed
+    to."""
+    plain = {name: tensor.numel() for name, tensor in plain_state(model).items()}
+    left = {name: count for name, count in plain.items() if not policy.place_of(name)[1]}
+    total = sum(plain.values()) + sum(weight.numel() for weight in quantized_weights(model).values())
+    if sum(left.values()) > UNLISTED * total:
+        largest = max(left, key=lambda name: left[name])
+        share = sum(left.values()) / total
+        raise KeyeError(f"{share:.1%} of the weights would not be quantised, {largest} among them, and no part is set "
+                        "to keep them")  # fmt: skip
 
 
 def plain_fills(own: str, shape: tuple[int, ...], per_expert: Collection[str]) -> Iterator[Fill]:

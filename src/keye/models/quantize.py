@@ -27,7 +27,7 @@ from keye.files import DiskFull, unwritable
 from keye.models.load import check_not_quantised, plan_model, torch_dtype
 from keye.models.quant_fill import Fill, Importance, plain_state, quantized_weights, weight_fills
 from keye.ops.quantized import QuantTensor
-from keye.quant.policy import UNLISTED, Policy, quantised_part
+from keye.quant.policy import Policy, quantised_part
 from keye.quant.search import Loss
 from keye.units import format_bytes
 from keye.weights.gguf.source import GGUFTensor
@@ -148,7 +148,6 @@ def quantize_checkpoint(
     check_complete(tensors)
     model, fills, loading = plan_model(tensors, config, strict=True, policy=policy)
     units = _units(model.to(torch_dtype(config.dtype)), fills, tensors)
-    check_listed(units, policy)
     work = _Work(folder, out, tensors, units, per_expert_modules(tensors))
     try:
         with work.open(json.dumps([policy.to_dict(), calibration])) as done:
@@ -189,17 +188,6 @@ def check_complete(tensors: Mapping[str, TensorSource]) -> None:
     for file, end in ends.items():
         if file and os.path.isfile(file) and os.path.getsize(file) < end:
             raise WeightsError(f"{file} is cut short; fetch it again")
-
-
-def check_listed(units: Sequence[_Unit], policy: Policy) -> None:
-    """`KeyeError` where more than `UNLISTED` of the bytes would stay in high precision without being listed to."""
-    total = sum(2 * torch.Size(unit.shape).numel() for unit in units)
-    left = {unit.name: unit.nbytes for unit in units
-            if isinstance(unit.target, Tensor) and not policy.place_of(unit.name)[1]}  # fmt: skip
-    if sum(left.values()) > UNLISTED * total:
-        largest = max(left, key=lambda name: left[name])
-        raise KeyeError(f"{sum(left.values()) / total:.1%} of the weights would not be quantised, {largest} among "
-                        "them, and no part is set to keep them")  # fmt: skip
 
 
 def _units(model: torch.nn.Module, fills: Sequence[Fill], tensors: Mapping[str, TensorSource]) -> list[_Unit]:

@@ -257,6 +257,21 @@ def matmul(x_NK: Tensor, weight: QuantTensor) -> Tensor:
     return F.linear(x_NK, weight.dequantize(x_NK.dtype))
 
 
+def scaled_matmul(x_NK: Tensor, weight: QuantTensor) -> Tensor:
+    """The product by torch's float8 kernel, for float8 weights with a scale for each row whose sizes are multiples of
+    16: activations are rounded to e4m3, each row with a scale of its own. [N, M] in the dtype of `x`."""
+    largest = x_NK.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / LARGEST["fp8"]
+    codes = (x_NK.float() / largest).clamp_(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn)
+    scales = weight.scales.float().t().contiguous()
+    return torch._scaled_mm(codes, weight.codes.t(), largest, scales, out_dtype=torch.bfloat16).to(x_NK.dtype)
+
+
+def takes_scaled(weight: QuantTensor) -> bool:
+    """Whether `scaled_matmul` can multiply by a weight."""
+    form, (M, K) = weight.format, weight.shape[-2:]
+    return form.kind == "fp8" and form.group is None and form.rows == 1 and not M % 16 and not K % 16
+
+
 def grouped_matmul(x_NK: Tensor, weight: QuantTensor, sizes: list[int]) -> Tensor:
     """The same for rows that are sorted by expert, `sizes` of each, and weights [E, M, K] -> [N, M]."""
     rows = x_NK.split(sizes)

@@ -28,6 +28,9 @@ from keye.ops.cpu import quantized as packed
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 
+#: Fewest rows for products of float8 with float8, and the compute capability of cards whose kernel scales rows.
+FLOAT8_ROWS: Final = 64
+FLOAT8_CAPABILITY: Final = (9, 0)
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 
@@ -160,7 +163,11 @@ def pack_weight(weight: QuantTensor) -> PackedWeight | None:
 
 def multiply_quantized(x: Tensor, weight: QuantTensor, sizes: list[int] | None = None) -> Tensor:
     """`quantized.matmul`, or with `sizes` rows of each expert `quantized.grouped_matmul`, for a weight that is not
-    packed: by a kernel on cards, else by the definition."""
+    packed: by a kernel on cards, else by the definition. Cards that multiply float8 do so where there are many rows,
+    whose activations are rounded to float8 then; few rows cost what reading the weight costs."""
+    is_large = sizes is None and len(x) >= FLOAT8_ROWS and x.is_cuda and not torch.is_grad_enabled()
+    if is_large and quantized.takes_scaled(weight) and torch.cuda.get_device_capability(x.device) >= FLOAT8_CAPABILITY:
+        return quantized.scaled_matmul(x, weight)
     if not torch.is_grad_enabled() and backends.of(x.device).name == "triton":
         from keye.ops import triton
 
