@@ -36,7 +36,9 @@ from keye.media.processor import Decoder, Processor
 from keye.models.adapter_files import CONFIG_FILE as ADAPTER_CONFIG
 from keye.models.adapter_files import LoraConfig
 from keye.models.attention import AttentionMode
+from keye.models.keye import KeyeModel
 from keye.models.load import LoadReport, load_model, torch_dtype
+from keye.models.quant_fill import quantized_weights
 from keye.ops.quantized import QuantKind
 from keye.process import check_device
 from keye.releases import Release
@@ -371,7 +373,7 @@ def load(
     room = free_memory(device)
     if on_disk is not None and room is not None:
         room //= 2  # the rest keeps experts
-    notes = _loading_notes(folder, config, report, chosen, is_chosen=template != "auto")
+    notes = [*_loading_notes(folder, config, report, chosen, is_chosen=template != "auto"), *_speed_notes(model)]
     own_name = str(config.raw.get("keye_name") or Path(name).name.removesuffix(".gguf"))
     loaded = Keye(Runtime.create(
         own_name, model, tokenizer, processor, generation_config,
@@ -412,6 +414,13 @@ def _open_index(runtime: Runtime, source: Source) -> VideoIndex:
     from keye.sessions.video_index import open_video_index
 
     return open_video_index(runtime, source)
+
+
+def _speed_notes(model: KeyeModel) -> Iterator[str]:
+    """Of weights in a format for which this machine has no fast product."""
+    if model.device.type == "cpu" and any(w.format.kind == "fp8" for w in quantized_weights(model).values()):
+        yield ("the weights are float8, which is for GPUs: on a processor quant int8, or dtype bfloat16 where memory "
+               "suffices, is far faster")  # fmt: skip
 
 
 def _loading_notes(

@@ -16,7 +16,7 @@ import keye
 from keye import KeyeError
 from keye.config import load_model_config
 from keye.models.load import load_model
-from keye.quant.layers import QuantEmbedding, QuantLinear
+from keye.quant.layers import QuantEmbedding, QuantExperts, QuantLinear
 from keye.weights.open import open_weights
 from keye.weights.safetensors import open_checkpoint
 from keye.weights.source import TensorSource, WeightsError, copy_all
@@ -251,6 +251,32 @@ def test_a_model_of_compressed_tensors_is_loaded(tmp_path: Path) -> None:
     assert isinstance(model.model.model.layers[0].self_attn.q_proj, QuantLinear)
     exact, _ = load_model(folder, load_model_config(folder), dtype=torch.float32, quant="none")
     assert all(torch.equal(exact.state_dict()[name], tensor.float()) for name, tensor in meant.items())
+
+
+def test_experts_that_are_packed_one_by_one(tmp_path: Path) -> None:
+    """As llm-compressor writes them: float8 with a scale of each matrix. A note says what is faster on a processor."""
+    folder = tiny_folder(tmp_path / "fp8")
+    tensors, meant = plain(folder), dict[str, Tensor]()
+    for name in [name for name in tensors if ".experts." in name]:
+        fused, base = tensors.pop(name).float(), name.rpartition(".")[0]
+        owns = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
+        meant[name] = torch.zeros_like(fused)
+        for e, matrix in enumerate(fused):
+            for own, part, out in zip(
+                owns, matrix.chunk(len(owns), 1), meant[name][e].chunk(len(owns), 1), strict=True
+            ):
+                scale = (part.abs().amax() / 448).bfloat16().view(1)
+                codes = (part.t() / scale.float()).to(torch.float8_e4m3fn)
+                tensors |= {f"{base}.{e}.{own}.weight": codes, f"{base}.{e}.{own}.weight_scale": scale}
+                out.copy_((codes.float() * scale.float()).t())
+    rewrite(folder, tensors, **section("float-quantized", num_bits=8, type="float", strategy="tensor"))
+    loaded = keye.load(folder)
+    assert isinstance(loaded.model.model.layers[0].mlp.experts, QuantExperts)
+    assert any("weights are float8" in note for note in loaded.notes)
+    exact, _ = load_model(folder, load_model_config(folder), dtype=torch.float32, quant="none")
+    assert all(torch.equal(exact.state_dict()[name], tensor) for name, tensor in meant.items())
+    answer = loaded.chat([{"role": "user", "content": "hello"}], max_tokens=2, ignore_eos=True)
+    assert answer.usage.completion_tokens == 2
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
