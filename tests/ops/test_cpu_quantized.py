@@ -18,11 +18,12 @@ FORMATS = (
     QuantFormat("int4", 64), QuantFormat("int4", 32), QuantFormat("int4", 128), QuantFormat("int4"),
     QuantFormat("int4", 64, has_minimum=True), QuantFormat("int4", 32, has_minimum=True, scale_dtype=torch.float32),
     QuantFormat("int8"), QuantFormat("int8", 64), QuantFormat("int8", 96), QuantFormat("int8", 32, has_minimum=True),
-    QuantFormat("int8", 32, scale_dtype=torch.float32),
+    QuantFormat("int8", 32, scale_dtype=torch.float32), QuantFormat("int8", 16, scale_dtype=torch.float32),
+    QuantFormat("int4", 16), QuantFormat("int4", 48, has_minimum=True),
 )  # fmt: skip
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-#: Of outputs of about 1: rounding of sums, and of what is stored.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+#: Of outputs of about 1: rounding of sums, and one step of what is stored.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 def generator(seed: int) -> torch.Generator:
@@ -141,7 +142,7 @@ def test_weights_are_packed_where_kernels_take_them(best_backend, monkeypatch) -
     monkeypatch.setitem(registry.backends._ready, "cpu", best_backend)
     with registry.backends.using("cpu"):
         assert registry.pack_weight(random_weight(QuantFormat("int8"), (8, 64), generator(0))) is not None
-        assert registry.pack_weight(random_weight(QuantFormat("int8", 16), (8, 64), generator(0))) is None
+        assert registry.pack_weight(random_weight(QuantFormat("int8", 24), (8, 64), generator(0))) is None
     with registry.backends.using("reference"):
         assert registry.pack_weight(random_weight(QuantFormat("int8"), (8, 64), generator(0))) is None
     assert not cpu.takes(QuantFormat("fp8"))

@@ -8,8 +8,8 @@ Legend: N rows of activations, M outputs, K inputs, E experts, T tokens.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
-from math import prod
 from typing import Final
 
 import torch
@@ -56,8 +56,8 @@ def declare(core: ctypes.CDLL) -> None:
 
 
 def takes(form: QuantFormat) -> bool:
-    """Whether weights of a format can be packed: int4 and int8 whose groups are multiples of 32, or whole rows."""
-    return form.kind in _BITS and form.rows == 1 and (form.group is None or form.group % 32 == 0)
+    """Whether weights of a format can be packed: int4 and int8 whose groups are multiples of 16, or whole rows."""
+    return form.kind in _BITS and form.rows == 1 and (form.group is None or form.group % 16 == 0)
 
 
 class CpuPacked:
@@ -68,8 +68,8 @@ class CpuPacked:
         self._core, self.format, self.shape = core, form, shape
         self._scale_dtype, self._is_mapped = scale_dtype, False
         self._quant = _Quant(
-            matrices=prod(shape[:-2]), outputs=shape[-2], inner=shape[-1], bits=_BITS[form.kind],
-            step=32 if form.group is not None and form.group % 64 else 64, has_minimum=form.has_minimum,
+            matrices=math.prod(shape[:-2]), outputs=shape[-2], inner=shape[-1], bits=_BITS[form.kind],
+            step=math.gcd(form.group or 64, 64), has_minimum=form.has_minimum,
             scale_kind=_DTYPES[scale_dtype],
         )  # fmt: skip
         self._address = ctypes.addressof(self._quant)

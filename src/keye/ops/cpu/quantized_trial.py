@@ -15,7 +15,9 @@ from keye.ops.cpu.quantized import CpuPacked, mix_experts
 from keye.ops.elementwise import swiglu
 from keye.ops.quantized import QuantFormat, QuantTensor
 
-FORMATS: Final = (QuantFormat("int4", 64), QuantFormat("int4", 32, has_minimum=True), QuantFormat("int8"))
+FORMATS: Final = (
+    QuantFormat("int4", 64), QuantFormat("int4", 32, has_minimum=True), QuantFormat("int8", 16), QuantFormat("int8"),
+)  # fmt: skip
 #: Largest difference of outputs from the reference, for values of about 1.
 TOLERANCE: Final = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 

@@ -78,8 +78,8 @@ struct KeyeNorm {
     int32_t dtype, weight_dtype, is_centred, has_hadamard, threads;
 };
 
-// Weights of `matrices` matrices [outputs, inner], packed by keye_quant_pack (see quant.h). `bits` 4 or 8; `step` 32 or 64
-// columns share a scale in memory; scale_kind is that of scales and minima.
+// Weights of `matrices` matrices [outputs, inner], packed by keye_quant_pack (see quant.h). `bits` 4 or 8; `step` 16, 32
+// or 64 columns share a scale in memory; scale_kind is that of scales and minima.
 struct KeyeQuant {
     const void *data;
     int64_t matrices, outputs, inner;

@@ -1,6 +1,6 @@
 // Quantised weights as the products read them, and activations rounded to int8.
 //
-// Packed weights: outputs are taken in pairs of 16, columns in steps of 32 or 64. A block holds one step of one pair of
+// Packed weights: outputs are taken in pairs of 16, columns in steps of 16, 32 or 64. A block holds one step of one pair of
 // 16: lines of 64 bytes (four columns of 16 outputs each; of int4 two such lines in the halves of its bytes, the first in
 // the low ones), those of the first and the second 16 outputs in turn, then 32 scales, then 32 minima where there are
 // any. Blocks of a pair follow one another, so that a product reads memory from its beginning to its end.
@@ -36,13 +36,13 @@ struct Layout {
     }
 };
 
-// 64 activations: codes, their scale, and the negative sums of codes of the first and second 32 and of all.
+// 64 activations: codes, their scale, and the sums of the first 0, 16, 32, 48 and 64 codes.
 struct Group {
     int8_t codes[GROUP];
     float scale;
-    int32_t minus_half[2], minus_sum;
+    int16_t sums[5];
 };
-static_assert(sizeof(Group) == 80, "a row of groups has no gaps");
+static_assert(sizeof(Group) == 80, "groups of a row lie behind one another");
 
 inline F16 load_scales(int kind, const char *at) {
     if (kind == KEYE_BFLOAT16) return ffrom_bfloat((const uint16_t *)at);
@@ -74,12 +74,12 @@ inline void quantize_group(const float *x, Group &group) {
     const F16 factor = fset1(most > 1e-30f ? 127.0f / most : 0.0f);
     for (int i = 0; i < 4; i++) fstore_codes(group.codes + 16 * i, fmul(part[i], factor));
     group.scale = most / 127.0f + fsum(bad);
-    for (int half = 0; half < 2; half++) {
-        int32_t sum = 0;
-        for (int i = 0; i < 32; i++) sum += group.codes[32 * half + i];
-        group.minus_half[half] = -sum;
+    group.sums[0] = 0;
+    for (int quarter = 0; quarter < 4; quarter++) {
+        int32_t sum = group.sums[quarter];
+        for (int i = 0; i < 16; i++) sum += group.codes[16 * quarter + i];
+        group.sums[quarter + 1] = (int16_t)sum;
     }
-    group.minus_sum = group.minus_half[0] + group.minus_half[1];
 }
 
 // One row of `inner` activations; zeros follow the last.
