@@ -204,7 +204,7 @@ class _Quantise:
             for e in range(to.shape[0]):
                 own = counts[e] if counts is not None and counts.dim() > 1 else counts
                 yield lambda e=e, own=own: self._numbers(source.part(e, e + 1), to[e], own, transposed=True)  # type: ignore[misc]
-        elif source.format == to.format:
+        elif source.format == to.format and to.format.rows > 1:
             yield lambda: to.copy_(source.quantized())
         else:
             step = max(1, PIECE_BYTES // (4 * to.shape[1]) // to.format.rows) * to.format.rows
@@ -212,7 +212,11 @@ class _Quantise:
                 end = min(begin + step, to.shape[0])
                 view = to[begin:end] if to.format.rows == 1 else to
                 assert to.format.rows == 1 or step >= to.shape[0], "blocks of rows share a scale"
-                yield lambda b=begin, e=end, view=view: self._numbers(source.part(b, e), view, counts)  # type: ignore[misc]
+                fill = self._codes if source.format == to.format else self._numbers
+                yield lambda b=begin, e=end, view=view, fill=fill: fill(source.part(b, e), view, counts)  # type: ignore[misc]
+
+    def _codes(self, source: TensorSource, to: QuantTensor, counts: Tensor | None) -> None:
+        to.copy_(source.quantized())
 
     def _numbers(self, source: TensorSource, to: QuantTensor, counts: Tensor | None, transposed: bool = False) -> None:
         dtype = torch.bfloat16 if source.dtype in ("BF16", "bfloat16") else torch.float32
