@@ -23,6 +23,7 @@ from keye.cache.mapped import scratch_tensor
 from keye.errors import KeyeError, Option
 from keye.ops.kv_blocks import KV_BLOCK, RowFormat, RowKind, RowSpec
 from keye.process import memory_on
+from keye.weights.source import ask_for_huge_pages
 
 #: How cached rows are stored, as users say it; `auto` is the model's own number format.
 KVFormat = Literal["auto", "bf16", "fp8", "int8", "int4"]
@@ -131,11 +132,14 @@ class SlabMaker:
 
 
 def memory_slabs(device: torch.device | str = "cpu", *, pinned: bool = False) -> SlabMaker:
-    """Slabs in the memory of a device. Main memory is taken page by page as it is written."""
+    """Slabs in the memory of a device. Main memory is taken as it is written, in huge pages where there are any: single
+    rows are read from all over it, and finding their pages takes longer than reading them."""
 
     def make(shape: Sequence[int]) -> Tensor:
         with torch.inference_mode(False):
-            return torch.empty(tuple(shape), dtype=torch.uint8, device=device, pin_memory=pinned)
+            slab = torch.empty(tuple(shape), dtype=torch.uint8, device=device, pin_memory=pinned)
+        ask_for_huge_pages(slab)
+        return slab
 
     return SlabMaker(make, device)
 

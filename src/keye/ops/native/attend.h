@@ -16,6 +16,7 @@ namespace keye {
 
 constexpr int TILE_ROWS = 512;      // rows of a union that are brought together at a time: they fit the second cache
 constexpr int AHEAD = 32;           // rows by which one is asked for before it is used
+constexpr int ALONE_KEYS = 256;     // rows of all groups that a query alone takes at once, asking for as many more
 constexpr int BATCH_KEYS = 128;     // rows that a kernel is handed at once: a multiple of LANES
 constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -158,19 +159,6 @@ template <class P> class RowWalk {
 
     RowWalk(const Source<P> &source, const Sets &sets, int n, AttendScratch &scratch)
         : source_(source), sets_(sets), n_(n), scratch_(scratch) {}
-
-    // Each query reads its rows where they are: best for a query alone.
-    template <class Use> void in_place(int head, Use use) const {
-        for (int i = 0; i < n_; i++) {
-            const int32_t *set = sets_.positions + i * sets_.stride;
-            const int size = sets_.sizes[i];
-            auto row = [&](int k) {
-                ask_for(set[std::min(k + AHEAD, size - 1)], head);
-                return source_.place(set[k], head);
-            };
-            batches(0, size, row, i, use);
-        }
-    }
 
     // Numbers the rows of the union in order of position: slots[i, k] of entry k of query i. Returns how many there are.
     int number_union(int64_t length) const {
@@ -369,6 +357,84 @@ template <class P> class GroupProducts {
 #endif
 };
 
+// Hands all rows of one query's set, ALONE_KEYS at once, to `use(from, count, rows)`: addresses of whole rows, followed
+// by those of LANES more that may be read.
+template <class Use> inline void walk_alone(const KeyeRows &rows, const int32_t *set, int size, Use use) {
+    auto ask_for = [&](int k) {
+        const char *row = row_of(rows, set[std::min(k, size - 1)]);
+        for (int64_t byte = 0; byte < rows.row_bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+    };
+    for (int k = 0; k < ALONE_KEYS; k++) ask_for(k);
+    for (int at = 0; at < size; at += ALONE_KEYS) {
+        const char *places[ALONE_KEYS + LANES];
+        const int count = std::min(ALONE_KEYS, size - at);
+        for (int k = 0; k < count; k++) places[k] = row_of(rows, set[at + k]);
+        for (int k = count; k < count + LANES; k++) places[k] = places[count - 1];
+        use(at, count, places, ask_for);
+    }
+}
+
+// One head of a few rows as operands: where they are, or decoded.
+template <class P>
+inline void head_rows(const Source<P> &source, const char *const *places, int count, int head, typename P::Elem *copies,
+                      const typename P::Elem **heads) {
+    for (int k = 0; k < count; k++) {
+        const char *from = places[k] + (int64_t)head * source.rows.head_bytes;
+        if (source.in_place) {
+            heads[k] = (const typename P::Elem *)from;
+        } else {
+            source.decode_from(from, copies + (int64_t)k * source.padded);
+            heads[k] = copies + (int64_t)k * source.padded;
+        }
+    }
+    for (int k = count; k < count + LANES; k++) heads[k] = heads[count - 1];
+}
+
+// Attention of one query for groups first_group .. last_group, each row read once for all of them. The arithmetic is that
+// of a block's queries.
+template <class P>
+void attend_alone(const KeyeStep &step, const KeyeStretch &stretch, int64_t token, const int32_t *set, int size,
+                  int first_group, int last_group, AttendScratch &scratch) {
+    using Elem = typename P::Elem;
+    const Source<P> keys(stretch.k, PAD_TO), values(stretch.v, PAD_TO);
+    const int heads = step.heads / stretch.k.heads, dim = keys.padded, first = first_group * heads;
+    const int all = (last_group - first_group) * heads;
+    const int64_t stride = round_up(std::max(size, 1), LANES) + 2 * LANES;
+    Elem *q = (Elem *)scratch.queries.get((int64_t)all * dim * (int64_t)sizeof(Elem) / 2);
+    Elem *copies = (Elem *)scratch.gathered.get((int64_t)ALONE_KEYS * dim * (int64_t)sizeof(Elem) / 2);
+    float *logits = scratch.logits.get((int64_t)all * stride), *sums = scratch.out.get((int64_t)all * dim);
+    float *totals = scratch.totals.get(all);
+    const V scale = vset1(LOG2_E / std::sqrt((float)step.dim));
+    load_queries<P>(step, token, first, all, stretch.k.kind == KEYE_INT4, dim, q);
+    std::fill(sums, sums + (int64_t)all * dim, 0.0f);
+    const Elem *rows[ALONE_KEYS + LANES];
+    walk_alone(stretch.k, set, size, [&](int at, int count, const char *const *places, auto ask_for) {
+        for (int g = first_group; g < last_group; g++) {
+            for (int k = count * (g - first_group) / (last_group - first_group);
+                 k < count * (g - first_group + 1) / (last_group - first_group); k++)
+                ask_for(at + k + ALONE_KEYS);
+            head_rows<P>(keys, places, count, g, copies, rows);
+            const int64_t h = (int64_t)(g - first_group) * heads;
+            dot_heads<P>(q + h * dim, heads, dim, rows, count, scale, logits + h * stride + at, stride);
+        }
+    });
+    for (int h = 0; h < all; h++) totals[h] = size ? softmax_row<P>(logits + h * stride, size) : 0;
+    alignas(64) static const Elem zeros[MAX_DIM] = {};
+    walk_alone(stretch.v, set, size, [&](int at, int count, const char *const *places, auto ask_for) {
+        const int steps = (count + P::PAIR - 1) / P::PAIR;
+        for (int g = first_group; g < last_group; g++) {
+            for (int k = count * (g - first_group) / (last_group - first_group);
+                 k < count * (g - first_group + 1) / (last_group - first_group); k++)
+                ask_for(at + k + ALONE_KEYS);
+            head_rows<P>(values, places, count, g, copies, rows);
+            rows[count] = zeros;  // a last odd key is paired with nothing
+            const int64_t h = (int64_t)(g - first_group) * heads;
+            add_values_heads<P>(logits + h * stride + at / P::PAIR, stride, heads, rows, steps, dim, sums + h * dim);
+        }
+    });
+    write_outputs<P>(step, token, first, all, stretch.v.kind == KEYE_INT4, dim, sums, totals);
+}
+
 // Attention of queries begin .. begin + n of a stretch over their sets, written to step.out. A query without keys gives 0.
 // Only groups first_group .. last_group are computed. `counts`, if not null, grows by one at every key of every set.
 template <class P>
@@ -376,6 +442,17 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
                   int first_group, int last_group, int64_t *counts, AttendScratch &scratch) {
     using Elem = typename P::Elem;
     Clock clock;
+    if (stretch.flags & KEYE_WILL_NEED) {
+        will_need(stretch.k, sets, n);
+        will_need(stretch.v, sets, n);
+    }
+    if (n == 1) {
+        attend_alone<P>(step, stretch, stretch.start + begin, sets.positions, sets.sizes[0], first_group, last_group,
+                        scratch);
+        if (counts) count_keys(sets, n, counts, step.threads > 1);
+        clock.add(&Phases::attend);
+        return;
+    }
     const Source<P> keys(stretch.k, PAD_TO), values(stretch.v, PAD_TO);
     const int64_t token = stretch.start + begin, length = stretch.first + begin + n;
     const int longest = std::max(1, *std::max_element(sets.sizes, sets.sizes + n));
@@ -383,24 +460,17 @@ void attend_block(const KeyeStep &step, const KeyeStretch &stretch, int64_t begi
     GroupProducts<P> products(step, stretch, n, keys.padded, longest, scratch);
     const int heads = products.heads;
     float *totals = scratch.totals.get((int64_t)n * heads);
-    if (stretch.flags & KEYE_WILL_NEED) {
-        will_need(stretch.k, sets, n);
-        will_need(stretch.v, sets, n);
-    }
     const RowWalk<P> key_walk(keys, sets, n, scratch), value_walk(values, sets, n, scratch);
-    const bool in_place = n == 1 && keys.in_place && values.in_place;
-    const int total = in_place ? 0 : key_walk.number_union(length);
+    const int total = key_walk.number_union(length);
     auto dot = [&](int i, int from, int to, const Elem *const *rows) { products.dot(i, from, to, rows); };
     auto add = [&](int i, int from, int to, const Elem *const *rows) { products.add(i, from, to, rows); };
     for (int g = first_group; g < last_group; g++) {
         products.begin(step, token, n, g * heads, keys_rotated);
-        if (in_place) key_walk.in_place(g, dot);
-        else key_walk.gathered(g, total, dot);
+        key_walk.gathered(g, total, dot);
         for (int i = 0; i < n; i++)
             for (int h = 0; h < heads; h++)
                 totals[i * heads + h] = sets.sizes[i] ? softmax_row<P>(products.logits(i, h), sets.sizes[i]) : 0;
-        if (in_place) value_walk.in_place(g, add);
-        else value_walk.gathered(g, total, add);
+        value_walk.gathered(g, total, add);
         for (int i = 0; i < n; i++)
             write_outputs<P>(step, token + i, g * heads, heads, values_rotated, keys.padded, products.sums(i),
                              totals + i * heads);

@@ -165,15 +165,15 @@ int sparse_by_few(const KeyeStep &step, const std::vector<Block> &blocks, int th
     int32_t *sets = set_memory.get((int64_t)blocks.size() * BLOCK * step.topk);
     std::vector<int> sizes(blocks.size() * BLOCK);
     if (select_in_ranges(step, blocks, threads, sets, sizes.data())) return 1;
-    const int64_t groups = blocks[0].stretch->k.heads;
-    return run((int64_t)blocks.size() * groups, threads, [&](int64_t item) {
-        const Block &block = blocks[item / groups];
-        const int group = (int)(item % groups);
-        const int64_t first = item / groups * BLOCK;
+    const int64_t groups = blocks[0].stretch->k.heads, parts = std::min<int64_t>(groups, threads);
+    return run((int64_t)blocks.size() * parts, threads, [&](int64_t item) {
+        const Block &block = blocks[item / parts];
+        const int64_t part = item % parts, first = item / parts * BLOCK;
         with_product(step.dtype, [&](auto product) {
             attend_block<decltype(product)>(
-                step, *block.stretch, block.begin, block.n, {sets + first * step.topk, step.topk, &sizes[first]}, group,
-                group + 1, group ? nullptr : block.stretch->counts, scratch_of_thread().attend);
+                step, *block.stretch, block.begin, block.n, {sets + first * step.topk, step.topk, &sizes[first]},
+                (int)(groups * part / parts), (int)(groups * (part + 1) / parts), part ? nullptr : block.stretch->counts,
+                scratch_of_thread().attend);
         });
     });
 }

@@ -92,6 +92,23 @@ inline void decode_head(const KeyeRows &rows, const char *head, float *out) {
     }
 }
 
+#if defined(KEYE_BF16)
+// One head of int4 codes in groups of 64 as bfloat16: the 16 products of a scale are a table.
+inline void decode_int4(const uint8_t *head, int dim, uint16_t *out) {
+    const __m512 codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    for (int g = 0; g < dim / 64; g++) {
+        uint16_t bits;
+        std::memcpy(&bits, head + dim / 2 + 2 * g, 2);
+        const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(codes, _mm512_set1_ps(from_bfloat(bits))));
+        const __m512i table = _mm512_castsi256_si512(values);
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(head + g * 32)));
+        const __m512i low = _mm512_and_si512(pairs, _mm512_set1_epi16(15)), high = _mm512_srli_epi16(pairs, 4);
+        _mm512_storeu_si512(out + g * 64, _mm512_permutexvar_epi16(low, table));
+        _mm512_storeu_si512(out + g * 64 + 32, _mm512_permutexvar_epi16(high, table));
+    }
+}
+#endif
+
 // `count` numbers of an ordinary dtype as floats.
 inline void load_plain(int32_t dtype, const void *from, int64_t offset, int count, float *out) {
     for (int i = 0; i < count; i += LANES) {
@@ -143,11 +160,17 @@ template <class P> struct Source {
         return (const Elem *)(row_of(rows, position) + (int64_t)head * rows.head_bytes);
     }
     void decode(int64_t position, int head, Elem *out) const {
-        const char *from = row_of(rows, position) + (int64_t)head * rows.head_bytes;
+        decode_from(row_of(rows, position) + (int64_t)head * rows.head_bytes, out);
+    }
+    void decode_from(const char *from, Elem *out) const {
         if (in_place) {
             std::memcpy(out, from, (size_t)padded * sizeof(Elem));
             return;
         }
+#if defined(KEYE_BF16)
+        if constexpr (P::PAIR == 2)
+            if (rows.kind == KEYE_INT4 && rows.dim % 64 == 0) return decode_int4((const uint8_t *)from, rows.dim, out);
+#endif
         alignas(64) float x[MAX_DIM];
         decode_head(rows, from, x);
         to_operand<P>(x, rows.dim, padded, out);
