@@ -53,7 +53,7 @@ _NEEDS_VNNI = _NEEDS_AVX512 | {"avx512_vnni"}
 _NEEDS_BF16 = _NEEDS_VNNI | {"avx512_bf16"}
 #: Best first.
 VARIANTS: Final = (
-    Variant("amx", _NEEDS_BF16 | {"amx_tile", "amx_bf16"}, (*_BF16, "-DKEYE_AMX")),
+    Variant("amx", _NEEDS_BF16 | {"amx_tile", "amx_bf16", "amx_int8"}, (*_BF16, "-DKEYE_AMX")),
     Variant("avx512bf16", _NEEDS_BF16, tuple(_BF16)),
     Variant("avx512vnni", _NEEDS_VNNI, (*_AVX512, *_VNNI)),
     Variant("avx512", _NEEDS_AVX512, tuple(_AVX512)),

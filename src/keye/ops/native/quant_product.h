@@ -1,6 +1,7 @@
 // Products of quantised weights with rounded activations: one pair of 16 outputs against any number of rows.
 #pragma once
 #include "quant.h"
+#include "quant_tiles.h"
 
 namespace keye {
 
@@ -92,6 +93,18 @@ inline void product_rows(const Layout &layout, const char *block, const Group *c
 // All rows against one pair. `sink(first, count, sums)` takes the sums [count][32] of some rows.
 template <class Sink>
 inline void product_pair(const Layout &layout, const char *block, const Group *const *rows, int64_t count, Sink sink) {
+#if defined(KEYE_AMX)
+    if (layout.step == GROUP && count >= AMX_FROM) {
+        alignas(64) float sums[AMX_ROWS * PAIR_OUTPUTS];
+        tile_begin();
+        for (int64_t at = 0; at < count; at += AMX_ROWS) {
+            const int some = (int)std::min<int64_t>(AMX_ROWS, count - at);
+            product_by_tiles(layout, block, rows + at, some, sums);
+            sink(at, some, sums);
+        }
+        return;
+    }
+#endif
     alignas(64) float out[TILE_ROWS * PAIR_OUTPUTS];
     const int64_t tiles = divide_up(count, TILE_ROWS);
     for (int64_t t = 0, at = 0; t < tiles; t++) {
