@@ -121,6 +121,20 @@ def test_indexers_are_recognised_by_name_or_shape(
     assert_same_model(files, folder)
 
 
+@pytest.mark.parametrize("joined", [True, False])
+def test_the_size_of_an_indexer_follows_from_its_tensors(joined: bool, files: tuple[Path, Path], folder: Path) -> None:
+    if joined:
+        one_indexer_matrix(files[0], "indexer.q_proj.weight")
+    keys = ("head_count", "key_length", "top_k")
+    rewrite(files[0], **{f"keye-vl2.attention.indexer.{key}": None for key in keys})
+    sparse = read_json(resolve(files[0]) / "config.json")["sa_config"]
+    assert sparse == {"indexer_num_heads": 2, "indexer_head_dim": 16, "topk": 2048}
+    assert_same_model(files, folder)
+    rewrite(files[0], {"blk.0.indexer.k_norm.weight": [plain("blk.0.indexer.k_norm.weight", np.ones(5))]})
+    with pytest.raises(KeyeError, match="neither its metadata nor its shapes tell"):
+        resolve(files[0])
+
+
 def test_names_that_are_not_known_are_listed(files: tuple[Path, Path]) -> None:
     rewrite(files[0], {"output_norm.weight": [plain("blk.0.strange.weight", [1.0]), plain("other", [1.0])]})
     with pytest.raises(KeyeError, match=r"whose place keye does not know: blk\.0\.strange\.weight, other"):
@@ -153,13 +167,13 @@ def test_towers_of_other_converters_are_read(files: tuple[Path, Path], folder: P
         edit[names[0]] = [plain(f"v.blk.0.attn_qkv.{leaf}", np.concatenate([stored(vision, n) for n in names]))]
         for old, new in (("ffn_up", "ffn_down"), ("ffn_down", "ffn_up")):
             edit[f"v.blk.0.{old}.{leaf}"] = [plain(f"v.blk.0.{new}.{leaf}", stored(vision, f"v.blk.0.{old}.{leaf}"))]
-        for old, new in (("mm.input_norm", "mm.pre_norm"), ("mm.1", "mm.0"), ("mm.2", "mm.10")):
+        for old, new in (("mm.input_norm", "proj.norm"), ("mm.1", "proj.a"), ("mm.2", "proj.b")):
             edit[f"{old}.{leaf}"] = [plain(f"{new}.{leaf}", stored(vision, f"{old}.{leaf}"))]
     patches = stored(vision, "v.patch_embd.weight")
     edit["v.patch_embd.weight"] = [
         plain("v.patch_embd.weight", patches.reshape(len(patches), -1)), plain("any.table", np.ones((50, 32))),
     ]  # fmt: skip
-    rewrite(vision, edit, **{"clip.projector_type": "paddleocr"})
+    rewrite(vision, edit, **{"clip.projector_type": "paddleocr", "clip.vision.image_size": 560})
     assert_same_model(files, folder)
     link = resolve(files[0])
     _, report = load_model(link, load_model_config(link))

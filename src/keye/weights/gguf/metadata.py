@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
 
 from keye.releases import PREVIEW, V1_5, V2, V671B, Release
-from keye.weights.gguf.names import Sizes
+from keye.weights.gguf.names import Sizes, indexer_sizes, read_vision_recipes
 from keye.weights.gguf.reader import GGUF, GGUFError, Value
 
 #: Architectures of language models, and the releases that they can be. Names that begin with `keye` are taken as the
 #: first one.
 KEYE2: Final = "keye-vl2"
 ARCHITECTURES: Final = {KEYE2: (V2,), "qwen3moe": (V2,), "qwen3": (V1_5, PREVIEW), "deepseek2": (V671B,)}
+#: Keys that the indexer of 2.0 keeps, for files that do not say.
+DEFAULT_TOPK: Final = 2048
 #: Most experts of a layer.
 MAX_EXPERTS: Final = 4096
 #: Types of projectors: keye's own names, one for each layout. Others are recognised by their shapes.
@@ -176,7 +178,7 @@ def read_sizes(file: GGUF) -> Sizes:
     """What splits the tensors of a language model."""
     values = _Values(file, check_model(file))
     if check_model(file) != "deepseek2":
-        return Sizes(values.count("attention.indexer.head_count", 0), values.count("attention.indexer.key_length", 0))
+        return Sizes(*_indexer(values)) if _has_indexer(values) else Sizes()
     head, value = _latent_head(values)
     return Sizes(0, 0, values.count("attention.head_count"), head - values.count("rope.dimension_count"), value)
 
@@ -344,9 +346,23 @@ def _qwen_config(values: _Values, raw: Mapping[str, Any]) -> dict[str, Any]:
         config |= {field: values.count(key) for key, field in _EXPERT_KEYS.items()}
         config.setdefault("intermediate_size", config["moe_intermediate_size"])
         config["norm_topk_prob"] = values.file.flag(f"{values.architecture}.expert_weights_norm", True)
-    if "attention.indexer.head_count" in values:
-        config["sa_config"] = {field: values.count(key) for key, field in _SPARSE_KEYS.items()}
+    if _has_indexer(values):
+        heads, dim = _indexer(values)
+        topk = values.count("attention.indexer.top_k", DEFAULT_TOPK)
+        config["sa_config"] = {"indexer_num_heads": heads, "indexer_head_dim": dim, "topk": topk}
     return {**config, **({"intermediate_size": raw["intermediate_size"]} if "intermediate_size" in raw else {})}
+
+
+def _has_indexer(values: _Values) -> bool:
+    return "attention.indexer.head_count" in values or any("indexer" in name for name in values.file.tensors)
+
+
+def _indexer(values: _Values) -> tuple[int, int]:
+    """Heads of the indexer and the size of one, by the shapes of its tensors where the metadata lack them."""
+    if "attention.indexer.head_count" in values:
+        return values.count("attention.indexer.head_count"), values.count("attention.indexer.key_length")
+    shapes = {tensor.name: tensor.shape for tensor in values.file.tensors.values()}
+    return indexer_sizes(shapes, str(values.file.path))
 
 
 def _latent_head(values: _Values) -> tuple[int, int]:
@@ -402,12 +418,14 @@ def _check_projector(file: GGUF) -> None:
 
 def _norms_before_merge(file: GGUF) -> bool:
     """Whether the projector normalises single patches (Preview): its norm is as wide as the tower."""
-    norms = [
-        t
-        for t in file.tensors.values()
-        if t.name.startswith("mm.") and t.name.endswith(".weight") and len(t.shape) == 1
-    ]
-    return len(norms) == 1 and norms[0].shape[0] == _plain(file, "clip.vision.embedding_length")
+    norm = _projector_shapes(file).get("mlp_AR.pre_norm.weight")
+    return norm is not None and norm[0] == _plain(file, "clip.vision.embedding_length")
+
+
+def _projector_shapes(file: GGUF) -> dict[str, tuple[int, ...]]:
+    shapes = {tensor.name: tensor.shape for tensor in file.tensors.values()}
+    recipes = read_vision_recipes(shapes, str(file.path))
+    return {name: recipe.shape for name, recipe in recipes.items() if name.startswith("mlp_AR.")}
 
 
 def _vision_config(file: GGUF, model: GGUF, raw: Mapping[str, Any], release: Release) -> dict[str, Any]:
@@ -419,15 +437,13 @@ def _vision_config(file: GGUF, model: GGUF, raw: Mapping[str, Any], release: Rel
     _check_layers(file, "v.blk.", values.count("block_count"))
     if "attention.layer_norm_epsilon" in values:
         config["layer_norm_eps"] = values.number("attention.layer_norm_epsilon")
-    widths = _projector_widths(file)
-    if raw["hidden_size"] not in widths:
-        raise GGUFError(f"{file.path} is the vision part of another model: its tokens have {widths[-1]} numbers, those "
-                        f"of {model.path.name} {raw['hidden_size']}; give the mmproj of this model")  # fmt: skip
+    patch = max(1, config.get("patch_size", 14))
+    positions = file.tensors.get("v.position_embd.weight")
+    side = 0 if positions is None else math.isqrt(positions.shape[0])
+    if side and (config.get("image_size", 0) // patch) != side and side**2 == positions.shape[0]:  # type: ignore[union-attr]
+        config["image_size"] = side * patch  # a table of another size than the metadata say
+    width = _projector_shapes(file).get("mlp_AR.linear_2.weight", (0,))[0]
+    if width != raw["hidden_size"]:
+        raise GGUFError(f"{file.path} is the vision part of another model: its tokens have {width} numbers, those of "
+                        f"{model.path.name} {raw['hidden_size']}; give the mmproj of this model")  # fmt: skip
     return config
-
-
-def _projector_widths(file: GGUF) -> list[int]:
-    """Rows of the projector's matrices, the last one's last."""
-    named: Iterable[tuple[str, tuple[int, ...]]] = ((t.name, t.shape) for t in file.tensors.values())
-    matrices = sorted((name, shape) for name, shape in named if name.startswith("mm.") and len(shape) == 2)
-    return [shape[0] for _, shape in matrices][-1:] or [0]

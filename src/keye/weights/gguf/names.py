@@ -59,6 +59,8 @@ _INDEXER_SPELLINGS: Final = {
 _INDEXER: Final = re.compile(r"blk\.(\d+)\.(?:attn_|sa_)?indexer[._](?:attn_)?(.+)\.(weight|bias)")
 #: In files of DeepSeek's models: the draft layer, which keye does not use.
 _DRAFT: Final = re.compile(r"blk\.\d+\.nextn\.")
+#: The pooling head of the tower, which no forward pass reads.
+_POOLING: Final = re.compile(r"v\.(head|attn_pool|probe)\b")
 #: Tables of llama.cpp that follow from the metadata.
 _DERIVED: Final = re.compile(r"rope_freqs\.weight|blk\.\d+\.rope_freqs\.weight")
 
@@ -254,6 +256,27 @@ def _group_of(name: str, shape: Shape, sizes: Sizes) -> tuple[str, str] | None:
     return f"{prefix}{role}.{match[3]}", "itself"
 
 
+def indexer_sizes(tensors: Shapes, where: str) -> tuple[int, int]:
+    """Heads of the indexer and the size of one, from the shapes of its tensors in the first layer that has them: the
+    size is that of its norms, the heads follow from the rows of queries and gates."""
+    layers: dict[int, list[Shape]] = {}
+    for name, shape in tensors.items():
+        if (match := _INDEXER.fullmatch(name)) is not None:
+            layers.setdefault(int(match[1]), []).append(shape)
+    shapes = layers[min(layers)] if layers else []
+    sizes = {shape[0] for shape in shapes if len(shape) == 1}
+    if len(sizes) == 1:
+        size = sizes.pop()
+        rows = sorted(shape[0] for shape in shapes if len(shape) == 2)
+        if size in rows:
+            rows.remove(size)
+        if len(rows) == 1 and rows[0] % (size + 1) == 0:
+            return rows[0] // (size + 1), size
+        if len(rows) == 2 and rows[0] * size == rows[1]:
+            return rows[0], size
+    raise GGUFError(f"{where} has an indexer whose heads neither its metadata nor its shapes tell; convert it again")
+
+
 def _indexer_role(spelling: str, shape: Shape, sizes: Sizes) -> str | None:
     """Which of the indexer's tensors this is: by its shape where only one fits, else by its name too."""
     heads, size = sizes.indexer_heads, sizes.indexer_dim
@@ -306,24 +329,22 @@ def read_vision_recipes(tensors: Shapes, where: str) -> dict[str, Recipe]:
     no forward pass reads."""
     recipes: dict[str, Recipe] = {}
     rest: dict[str, Shape] = {}
-    patches = tensors.get("v.patch_embd.weight", (0,))
+    width = tensors.get("v.patch_embd.weight", (0,))[0]
     for name, shape in tensors.items():
         stem, _, leaf = name.rpartition(".")
-        if name.startswith("mm."):
-            rest[name] = shape
-        elif stem in _TOWER and leaf in ("weight", "bias"):
+        match = re.fullmatch(r"v\.blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+        if stem in _TOWER and leaf in ("weight", "bias"):
             recipes[f"{_TOWER_PREFIX}{_TOWER[stem]}.{leaf}"] = _as_patches(name, shape, stem)
-        elif (match := re.fullmatch(r"v\.blk\.(\d+)\.(\w+)\.(weight|bias)", name)) and match[2] in _TOWER_LAYER:
-            recipes[f"{_TOWER_PREFIX}encoder.layers.{match[1]}.{_TOWER_LAYER[match[2]]}.{match[3]}"] = plain(
-                name, shape
-            )
+        elif match is not None and match[2] in _TOWER_LAYER:
+            official = f"{_TOWER_PREFIX}encoder.layers.{match[1]}.{_TOWER_LAYER[match[2]]}.{match[3]}"
+            recipes[official] = plain(name, shape)
         elif match is not None and match[2] == "attn_qkv":
             recipes |= _split_qkv(name, shape, f"{_TOWER_PREFIX}encoder.layers.{match[1]}.self_attn", match[3])
-        elif len(shape) == 2 and shape[1] == patches[0] and not name.startswith("v.blk.") and _PACKING not in recipes:
+        elif len(shape) == 2 and shape[1] == width and match is None and _PACKING not in recipes:
             recipes[_PACKING] = plain(name, shape)
-        else:
+        elif not _POOLING.match(name):
             rest[name] = shape
-    recipes |= _projector(rest)
+    recipes |= _projector(rest, width)
     if unknown := list(set(rest) - {part.tensor for recipe in recipes.values() for part in recipe.parts}):
         raise GGUFError(f"{where} has tensors whose place keye does not know: {_listed(unknown)}")
     return _exchange_mlp(recipes)
@@ -353,15 +374,16 @@ def _split_qkv(name: str, shape: Shape, module: str, leaf: str) -> dict[str, Rec
     }
 
 
-def _projector(tensors: Shapes) -> dict[str, Recipe]:
-    """Norm and two matrices of the projector, by shape and by the numbers in their names."""
-    by_number = sorted(tensors, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split(".")])
-    matrices = [
-        name for name in by_number if name.endswith(".weight") and len(tensors[name]) == 2 and name.startswith("mm.")
-    ]
-    norms = [
-        name for name in by_number if name.endswith(".weight") and len(tensors[name]) == 1 and name.startswith("mm.")
-    ]
+def _projector(tensors: Shapes, width: int) -> dict[str, Recipe]:
+    """Norm and two matrices of the projector of a tower of `width`, by shape, and by the numbers in their names where
+    both matrices are square."""
+
+    def order(name: str) -> tuple[bool, list[int]]:
+        return len(set(tensors[name])) > 1, [int(number) for number in re.findall(r"\d+", name)]
+
+    weights = [name for name in tensors if name.endswith(".weight")]
+    matrices = sorted((n for n in weights if len(tensors[n]) == 2 and tensors[n][1] > width), key=order)
+    norms = [name for name in weights if len(tensors[name]) == 1]
     if len(matrices) != 2 or len(norms) != 1:
         return {}
     recipes = {}
