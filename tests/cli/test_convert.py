@@ -9,6 +9,7 @@ import pytest
 
 from keye.weights.gguf.reader import read_gguf
 from keye.weights.safetensors import open_checkpoint
+from tests.support.disk import largest_file
 
 
 def test_two_gguf_files_become_a_folder_again(run: Callable, model_folder: Path, tmp_path: Path) -> None:
@@ -64,6 +65,15 @@ def test_mistakes_are_one_sentence(
     (line,) = result.err.splitlines()
     assert sentence in line
     assert {path.name for path in tmp_path.iterdir()} == {"text.gguf", "full"}
+
+
+@pytest.mark.parametrize("output", ["model.gguf", "folder"])
+def test_a_full_disk_is_one_sentence(run: Callable, model_folder: Path, tmp_path: Path, output: str) -> None:
+    with largest_file(100_000):
+        result = run("convert", model_folder, "-o", tmp_path / output)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert f"no room is left to write {tmp_path / output}" in result.err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_checkpoint_that_is_cut_short_gives_no_file(run: Callable, model_folder: Path, tmp_path: Path) -> None:

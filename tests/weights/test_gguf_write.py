@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from keye.config import load_model_config, read_json
+from keye.config import load_model_config, model_config_from_dict, read_json
 from keye.errors import KeyeError
 from keye.hub import asset, resolve
-from keye.models.load import load_model
+from keye.models.load import load_model, save_model
 from keye.models.outline import outline
+from keye.train.recipes.nano.initialise import fresh_model
 from keye.weights.export import export_text, export_vision, plan_text, plan_vision
 from keye.weights.gguf.convert import write_conversion
 from keye.weights.gguf.mixes import text_types
@@ -29,7 +29,9 @@ from keye.weights.open import open_weights
 from keye.weights.plain import write_plain
 from keye.weights.safetensors import open_checkpoint, write_checkpoint
 from keye.weights.source import MemoryTensor
-from tests.support.tiny import tiny_folder
+from tests.support.disk import largest_file
+from tests.support.latent import latent_folder
+from tests.support.tiny import tiny_folder, tiny_raw
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,36 @@ def test_a_model_of_two_files_has_the_weights_of_the_checkpoint(folder, tmp_path
         kind = vision if name.startswith(("visual.", "mlp_AR.")) else text
         error = float((read[name] - tensor).norm() / tensor.norm().clamp_min(1e-9))
         assert error <= {"F32": 0, "BF16": 0, "F16": 1e-3, "Q8_0": 0.01, "Q4_K_M": 0.06}[kind], name
+
+
+NO_EXPERTS = {"num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0, "sa_config": None}
+RELEASES = {
+    "preview": {"architectures": ["KeyeForConditionalGeneration"], **NO_EXPERTS},
+    "1.5": {"architectures": ["KeyeVL1_5ForConditionalGeneration"], **NO_EXPERTS},
+    "tied": {"tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", [*RELEASES, "671B"])
+def test_every_release_is_read_back_as_it_was(tmp_path, name):
+    folder = tmp_path / "model"
+    if name == "671B":
+        latent_folder(folder, float8=True)
+    else:
+        tiny_folder(folder, weights=False)
+        raw = tiny_raw() | RELEASES[name]
+        (folder / "config.json").write_text(json.dumps(raw))
+        save_model(fresh_model(model_config_from_dict(raw), 0), folder, dtype=torch.bfloat16)
+    export_text(folder, tmp_path / "model.gguf", "F32")
+    export_vision(folder, tmp_path / "mmproj-model.gguf", "BF16")
+    again = resolve(tmp_path / "model.gguf")
+    read, wanted = tensors(again), tensors(folder)
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[key], tensor) for key, tensor in wanted.items())
+    before, after = load_model_config(folder), load_model_config(again)
+    assert (after.release, after.vision) == (before.release, before.vision)
+    texts = [replace(config.text, mrope_section=(), draft_layers=0) for config in (before, after)]
+    assert texts[0] == texts[1]
 
 
 def test_the_file_is_written_as_it_was_planned(folder, tmp_path):
@@ -152,17 +184,6 @@ def test_numbers_that_a_file_cannot_hold_are_one_sentence(folder, tmp_path, valu
     with pytest.raises(KeyeError, match=r"model.layers.1.self_attn.o_proj.weight holds .*: (fetch|convert)"):
         export_text(bad, out / "model.gguf", kind)
     assert not list(out.iterdir())
-
-
-@contextmanager
-def largest_file(size: int):
-    """A disk on which a file cannot grow beyond `size`."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(folder, tmp_path):

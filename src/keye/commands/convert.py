@@ -40,8 +40,9 @@ def convert(
     """Write a model as GGUF, or as a folder of safetensors.
 
     A model with vision takes two GGUF files: its language model, and its vision part, whose name must contain mmproj
-    where keye is to find it beside the other. Weights are read and written piece by piece, and a conversion that was
-    interrupted is continued when it is started again. Quantised files become plain numbers in safetensors.
+    where keye is to find it beside the other; MODEL may be such a pair, named by the first. Weights are read and
+    written piece by piece, and a conversion that was interrupted is continued when it is started again. Quantised files
+    become plain numbers in safetensors.
 
     \b
     keye convert 1.5 -o keye-1.5-Q4_K_M.gguf

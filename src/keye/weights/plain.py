@@ -13,9 +13,6 @@ from keye.weights.names import file_tensors, per_expert_modules
 from keye.weights.safetensors import write_checkpoint
 from keye.weights.source import TensorSource, WeightsError, copy_all
 
-#: Largest file; as much is in memory at once.
-SHARD_BYTES = 2_000_000_000
-
 
 def write_plain(
     sources: Mapping[str, TensorSource], folder: Path, dtype: torch.dtype,
@@ -24,7 +21,7 @@ def write_plain(
     """Writes every tensor as `dtype` into `folder`, experts fused; what is stored as integers with scales is
     de-quantised. `on_progress` gets the numbers that are written and those of all. Returns the path of the file or
     index; errors as in `write_checkpoint`, and `WeightsError` for numbers that are not finite."""
-    return write_checkpoint(_Tensors(sources, dtype, on_progress), folder, shard_bytes=SHARD_BYTES)
+    return write_checkpoint(_Tensors(sources, dtype, on_progress), folder)
 
 
 class _Tensors(Mapping[str, Tensor]):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from keye.config import read_json
@@ -183,13 +182,15 @@ def write_checkpoint(
 
     `dtype` converts floating-point numbers on the way, but not what belongs to quantised weights. The files appear
     together when all are complete, and those of an earlier save vanish; a failure leaves the folder as it was. Returns
-    the path of the file or of the index. Extra memory: one shard.
+    the path of the file or of the index. Extra memory: one tensor, of a mapping that reads tensors when it is asked for
+    them too, if its `items` are on the meta device.
     """
     from keye.files import complete_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    dtypes = {name: t.dtype if dtype is None or _CODES.search(name) else dtype for name, t in tensors.items()}
-    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in tensors.items()}
+    described = dict(tensors.items())
+    dtypes = {name: t.dtype if dtype is None or _CODES.search(name) else dtype for name, t in described.items()}
+    sizes = {name: t.numel() * dtypes[name].itemsize for name, t in described.items()}
     groups = group_names(sizes, shard_bytes)
     single, count = len(groups) == 1, len(groups)
     names = [WEIGHTS_FILE if single else f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
@@ -203,8 +204,10 @@ def write_checkpoint(
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             draft.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for name, group in zip(names, groups, strict=True):
-            part = {n: tensors[n].detach().to(device="cpu", dtype=dtypes[n]).contiguous() for n in group}
-            save_file(part, drafts.enter_context(complete_file(folder / name)), metadata={"format": "pt"})
+            shapes = {n: (dtypes[n], tuple(described[n].shape)) for n in group}
+            with ShardWriter(drafts.enter_context(complete_file(folder / name)), shapes) as shard:
+                for n in group:
+                    shard.write(n, tensors[n].detach().to(device="cpu", dtype=dtypes[n]))
     current = {path.name, *names}
     for file in folder.iterdir():
         ours = file.name in (WEIGHTS_FILE, INDEX_FILE) or _SHARD.fullmatch(file.name)
