@@ -5,6 +5,8 @@ Beside `case-XX.json` lies a file `case-XX-FORMAT.gguf` for each format; a folde
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from keye.cache.sequence import KVCache
@@ -24,20 +26,31 @@ def run_gguf(case: Case, check: Check) -> None:
         name = path.stem.removeprefix(f"{case.path.stem}-")
         if name not in case.meta["formats"]:
             continue
-        folder = resolve(path)
-        model, report = load_model(folder, load_model_config(folder), dtype=torch.float32, quant="none")
-        check.equal(f"{name}: unused tensors", report.unused, ())
-        span = Span(0, len(ids), KVCache(model.config.text.num_hidden_layers))
-        positions = torch.arange(len(ids)).expand(3, -1)
-        with torch.no_grad():
-            logits = model.logits(model(model.embed(ids), positions, CachedStep([span], model.config.text)))
-        want = case.tensors.get(f"out.{name}.logits_dequantised")
+        numbers = run_file(path, ids, "none")
+        want, peer = (case.tensors.get(f"out.{name}.logits_{kind}") for kind in ("dequantised", "llama"))
         if want is not None:
-            check.close(f"{name}: de-quantised", logits, want.view_as(logits), LOGIT_TOLERANCE)
-        peer = case.tensors.get(f"out.{name}.logits_llama")
+            check.close(f"{name}: de-quantised", numbers, want.view_as(numbers), LOGIT_TOLERANCE)
+            rounded = run_file(path, ids, None)
+            check_distance(check, f"{name}: bits kept, activations rounded", rounded, want, PEER_BOUND)
         if peer is not None:
-            distance = ((logits - peer.view_as(logits)).square().mean().sqrt() / peer.std()).item()
             recorded = case.meta["formats"][name].get("llama_vs_dequantised_rms_over_std", 0.0)
             bound = max(PEER_BOUNDS.get(name, PEER_BOUND), 1.05 * recorded)
-            if not distance <= bound:
-                check.fail(f"{name}: llama.cpp", f"rms / std is {distance:.3g}, above {bound:g}")
+            check_distance(check, f"{name}: llama.cpp", numbers, peer, bound)
+
+
+def run_file(path: Path, ids: torch.Tensor, quant: str | None) -> torch.Tensor:
+    """Logits of every token of a model in float32, whose quantised bits are kept unless `quant` is none."""
+    folder = resolve(path)
+    model, report = load_model(folder, load_model_config(folder), dtype=torch.float32, quant=quant)
+    assert not report.unused, report
+    step = CachedStep([Span(0, len(ids), KVCache(model.config.text.num_hidden_layers))], model.config.text)
+    with torch.no_grad():
+        return model.logits(model(model.embed(ids), torch.arange(len(ids)).expand(3, -1), step))
+
+
+def check_distance(check: Check, name: str, logits: torch.Tensor, want: torch.Tensor, bound: float) -> None:
+    """Root mean square of the differences over the standard deviation of what is wanted."""
+    distance = ((logits - want.view_as(logits)).square().mean().sqrt() / want.std()).item()
+    check.compared += 1
+    if not distance <= bound:
+        check.fail(name, f"rms / std is {distance:.3g}, above {bound:g}")
