@@ -85,6 +85,22 @@ def test_weights_in_int4(folder: Path, media: dict[str, Path]) -> None:
     assert model.ask(media["image"], "what?", max_tokens=3).usage.completion_tokens > 0
 
 
+def test_quantised_and_converted_files_answer(
+    folder: Path, model: keye.Keye, media: dict[str, Path], tmp_path: Path
+) -> None:
+    """The draft layer is left out of both, and what float8 holds is what they are made from."""
+    words = ["quantize", folder, "--to", "int8", "-o", tmp_path / "int8"]
+    assert main([str(word) for word in words]) == 0
+    assert main(["convert", str(folder), "--type", "f32", "-o", str(tmp_path / "large.gguf")]) == 0
+    words = ["convert", folder, "--mmproj", "--type", "f16", "-o", tmp_path / "mmproj-large.gguf"]
+    assert main([str(word) for word in words]) == 0
+    want = model.ask(media["image"], "what?", max_tokens=6, temperature=0)
+    gguf = keye.load(tmp_path / "large.gguf", dtype="float32").ask(media["image"], "what?", max_tokens=6, temperature=0)
+    assert gguf.text == want.text
+    eight = keye.load(tmp_path / "int8").ask(media["image"], "what?", max_tokens=6, temperature=0)
+    assert eight.usage.media_tokens == want.usage.media_tokens and eight.usage.completion_tokens > 0
+
+
 def test_every_token_takes_one_position(model: keye.Keye) -> None:
     """Without mrope_section visual tokens count as text does."""
     prompt = model.runtime.prompts.build(

@@ -442,7 +442,8 @@ def _loading_notes(
     if is_chosen:
         return
     if template is not None:
-        yield f"prompts follow the checkpoint's own chat template; template keye chooses that of keye ({template.name})"
+        other = "" if config.release.needs_template else "; template keye chooses that of keye"
+        yield f"prompts follow the checkpoint's own chat template{other} ({template.name})"
     if has_keye_fields(folder):
         return
     if template is None:

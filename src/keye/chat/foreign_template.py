@@ -27,7 +27,7 @@ from keye.chat.template import (
     split_reply,
 )
 from keye.chat.template_process import TemplateLimits, templates
-from keye.config import read_json
+from keye.config import read_special_tokens
 from keye.errors import KeyeError, KeyeWarning, warn
 
 MAX_TEMPLATE_CHARS: Final = 1 << 20
@@ -230,16 +230,8 @@ def load_template(path: str | Path) -> CheckpointTemplate:
     tool_text = named.get("tool_use") or next(
         (text for _, text in listed_templates if re.search(r"\btools\b", text)), None
     )
-    tokens = _read_tokens((path if path.is_dir() else path.parent) / TEMPLATE_FILES[-1])
+    tokens = read_special_tokens(path if path.is_dir() else path.parent)
     return CheckpointTemplate(f"The chat template of {path}", text, tool_text, tokens=tokens)
-
-
-def _read_tokens(file: Path) -> dict[str, str]:
-    """The special tokens that templates write by name, of a tokenizer_config.json; none where there is no such file."""
-    settings = read_json(file) if file.is_file() else {}
-    named = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in named.items()}
-    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _read_templates(file: Path) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ All classes are frozen: a configuration is read once and passed around.
 """
 
 from keye.config.environment import HubConfig, KernelConfig, hub_config, kernel_config, preview_video_max_pixels
-from keye.config.files import ConfigError, read_json
+from keye.config.files import ConfigError, read_json, read_special_tokens
 from keye.config.model import (
     GenerationConfig,
     KeyeConfig,
@@ -28,6 +28,6 @@ __all__ = [
     "PROCESSOR_FILE", "ConfigError", "GenerationConfig", "GroupRouting", "HubConfig", "KernelConfig", "KeyeConfig",
     "LatentConfig", "ProcessorConfig", "SparseConfig", "TextConfig", "VisionConfig", "YarnConfig", "architecture_name",
     "find_frame_text", "has_keye_fields", "hub_config", "kernel_config", "load_generation_config", "load_model_config",
-    "load_processor_config", "model_config_from_dict", "preview_video_max_pixels", "read_json",
+    "load_processor_config", "model_config_from_dict", "preview_video_max_pixels", "read_json", "read_special_tokens",
     "vision_config_from_dict",
 ]  # fmt: skip

@@ -32,6 +32,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens that chat templates write by name (`bos_token` and the like), of a folder's
+    tokenizer_config.json; none where there is no such file."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    named = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    texts = {name: value.get("content") if isinstance(value, Mapping) else value for name, value in named.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
 def read_keye_fields(raw: Mapping[str, Any], path: Path, known: Collection[str]) -> dict[str, Any]:
     """The `keye` object of a file, whose fields must be among `known`."""
     own = raw.get("keye", {})

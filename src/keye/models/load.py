@@ -7,7 +7,6 @@ none, or be an error.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +36,7 @@ from keye.ops import registry
 from keye.ops.quantized import QuantTensor
 from keye.quant.layers import QuantExperts, QuantLinear, pack_weights
 from keye.quant.policy import Policy, make_policy
-from keye.weights.names import CARRIED, IGNORED, INDEXER, VISION, find_quantiser, per_expert_modules
+from keye.weights.names import CARRIED, IGNORED, INDEXER, VISION, find_quantiser, is_draft, per_expert_modules
 from keye.weights.open import open_weights
 from keye.weights.safetensors import SHARD_BYTES, write_checkpoint
 from keye.weights.source import (
@@ -233,8 +232,6 @@ def torch_dtype(name: str) -> torch.dtype:
 # --------------------------------------------------------------------------------------------------------------------
 # Matching names
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
 
 def plan_model(
     tensors: Mapping[str, TensorSource], config: KeyeConfig, *, strict: bool, layers: LayerFactory | None = None,
@@ -306,7 +303,9 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         elif step.dtype is None and not source.is_readable:
             unreadable.append(f"{step.name} is {source.dtype}")
     rest = set(tensors) - {step.name for step in plan}
-    ignored = {name for name in rest if IGNORED.search(name) or _is_draft(name, model)}
+    text = model.config.text if isinstance(model, KeyeModel) else None
+    layers, drafts = (text.num_hidden_layers, text.draft_layers) if text is not None else (0, 0)
+    ignored = {name for name in rest if IGNORED.search(name) or is_draft(name, layers, drafts)}
     dense = not any(INDEXER in step.own for step in plan)
     unused = {n for n in rest - ignored if (dense and INDEXER in n) or (tied and n.startswith("lm_head.weight"))}
     unexpected = rest - ignored - unused if strict else set()
@@ -322,11 +321,3 @@ def _plan(model: nn.Module, tensors: Mapping[str, TensorSource], *, strict: bool
         listed = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems if names)
         raise WeightsError(f"the checkpoint does not fit its config.json; {listed}")
     return plan, LoadReport(tuple(sorted(ignored)), tuple(sorted(rest - ignored)))
-
-
-def _is_draft(name: str, model: nn.Module) -> bool:
-    """Whether a tensor belongs to a layer for speculative decoding, which follows the last layer of the decoder."""
-    if not isinstance(model, KeyeModel) or not (match := _LAYER.match(name)):
-        return False
-    text = model.config.text
-    return text.num_hidden_layers <= int(match[1]) < text.num_hidden_layers + text.draft_layers

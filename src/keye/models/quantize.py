@@ -30,6 +30,7 @@ from keye.ops.quantized import QuantTensor
 from keye.quant.policy import Policy, quantised_part
 from keye.quant.search import Loss
 from keye.units import format_bytes
+from keye.weights.float8 import Float8Tensor
 from keye.weights.gguf.source import GGUFTensor
 from keye.weights.names import per_expert_modules
 from keye.weights.open import open_weights
@@ -157,7 +158,7 @@ def quantize_checkpoint(
             dropped = [tensors[name] for name in loading.ignored]
             report = QuantReport(
                 policy.kind, tuple(_rows(units, losses, policy, tensors)), loading.ignored,
-                sum(_source_bytes(source) for source in dropped), calibration,
+                sum(source.nbytes for source in dropped), calibration,
             )  # fmt: skip
             work.finish(model.config, report, overwrite=overwrite)
     except OSError as error:
@@ -183,8 +184,10 @@ def check_complete(tensors: Mapping[str, TensorSource]) -> None:
     for source in tensors.values():
         if isinstance(source, GGUFTensor):
             continue  # the header was compared with the file's size
-        file, start = source.place
-        ends[file] = max(ends.get(file, 0), start + _source_bytes(source))
+        parts = (source.codes, source.scales) if isinstance(source, Float8Tensor) else (source,)
+        for part in parts:
+            file, start = part.place
+            ends[file] = max(ends.get(file, 0), start + part.nbytes)
     for file, end in ends.items():
         if file and os.path.isfile(file) and os.path.getsize(file) < end:
             raise WeightsError(f"{file} is cut short; fetch it again")
@@ -198,11 +201,6 @@ def _units(model: torch.nn.Module, fills: Sequence[Fill], tensors: Mapping[str, 
         units[step.own].fills.append(step)
     filled = [unit for unit in units.values() if unit.fills]  # a tied head has none
     return sorted(filled, key=lambda unit: min(tensors[step.name].place for step in unit.fills))
-
-
-def _source_bytes(source: TensorSource) -> int:
-    known = getattr(source, "nbytes", None)
-    return known if isinstance(known, int) else 2 * torch.Size(source.shape).numel()
 
 
 def _rows(
@@ -221,7 +219,7 @@ def _rows(
         loss, members = Loss(), groups[key]
         for unit in members:
             loss.add(losses.get(unit.name, Loss()))
-        source = sum(_source_bytes(tensors[step.name]) for unit in members for step in unit.fills)
+        source = sum(tensors[step.name].nbytes for unit in members for step in unit.fills)
         error, weighted = (loss.relative, loss.weighted or None) if key[2] else (None, None)
         yield Row(key[0], key[1], len(members), source, sizes[key], error, weighted)
 
@@ -326,7 +324,7 @@ class _Work:
         """Writes the shards that are not complete; returns what each matrix lost."""
         losses: dict[str, Loss] = {}
         report = on_progress or (lambda done, total: None)
-        sizes = {unit.name: sum(_source_bytes(self.tensors[step.name]) for step in unit.fills)
+        sizes = {unit.name: sum(self.tensors[step.name].nbytes for step in unit.fills)
                  for units in self.shards.values() for unit in units}  # fmt: skip
         total, reached = sum(sizes.values()), 0
         for name, units in self.shards.items():

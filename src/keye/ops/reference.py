@@ -242,10 +242,12 @@ def attend_tiles(
     largest, total = q.new_full((*q.shape[:2], 1), -torch.inf), q.new_zeros(*q.shape[:2], 1)
     sums = q.new_zeros(*q.shape[:2], dim)
     for start in range(0, length, tile):
-        positions_S = torch.arange(start, min(length, start + tile), device=device)
-        k_SGD, v_SGD = rows(start, min(length, start + tile))
+        stop = min(length, start + tile)
+        k_SGD, v_SGD = rows(start, stop)
         scores = torch.matmul(q, k_SGD.float().permute(1, 2, 0))
-        scores.view(-1, queries, scores.shape[-1]).masked_fill_(positions_S > last_B1, -torch.inf)
+        if stop > first + 1:  # else every query sees the tile
+            positions_S = torch.arange(start, stop, device=device)
+            scores.view(-1, queries, stop - start).masked_fill_(positions_S > last_B1, -torch.inf)
         # Finite from the first tile on: every query sees key 0.
         raised = torch.maximum(largest, scores.amax(-1, keepdim=True))
         weights, rescale = scores.sub_(raised).exp_(), (largest - raised).exp_()

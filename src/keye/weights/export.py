@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from keye.config import architecture_name, read_json
+from keye.config import architecture_name, read_json, read_special_tokens
 from keye.releases import V2, V671B, releases_by_architecture
 from keye.weights.coded import open_plain
 from keye.weights.gguf.convert import Conversion, plan_conversion, write_conversion
@@ -19,6 +19,7 @@ from keye.weights.gguf.mixes import TEXT_TYPES, VISION_TYPES
 from keye.weights.gguf.names import Sizes
 from keye.weights.gguf.reader import GGUFError, Value
 from keye.weights.gguf.tokens import token_metadata
+from keye.weights.names import is_draft
 from keye.weights.source import TensorSource
 
 _TOKEN_IDS: Final = {"eos": "eos_token_id", "padding": "pad_token_id", "bos": "bos_token_id"}
@@ -62,8 +63,10 @@ def plan_text(
     release = releases_by_architecture()[architecture_name(raw)]
     if text_only and release is not V2:
         raise GGUFError(f"--text-only concerns 2.0, whose indexer it leaves out; the text of {release.name} has none")
+    layers, drafts = raw["num_hidden_layers"], raw.get("num_nextn_predict_layers") or 0
+    sources = {name: source for name, source in sources.items() if not is_draft(name, layers, drafts)}
     experts = raw.get("n_routed_experts" if release is V671B else "num_experts") or 0
-    return plan_conversion(sources, "text", file_type, _sizes(raw), layers=raw["num_hidden_layers"],
+    return plan_conversion(sources, "text", file_type, _sizes(raw), layers=layers,
                            experts=experts, indexer=not text_only)  # fmt: skip
 
 
@@ -99,9 +102,13 @@ def _text_values(folder: Path, raw: Mapping[str, Any], text_only: bool) -> dict[
     tokenizer = _read(folder, "tokenizer.json")
     if tokenizer:
         values |= token_metadata(tokenizer, raw["vocab_size"])
+        named = read_special_tokens(folder)
+        added = {token.get("content"): token.get("id") for token in tokenizer.get("added_tokens", [])}
         for key, field in _TOKEN_IDS.items():
             index = raw.get(field)
             index = index[0] if isinstance(index, list) and index else index
+            if index is None:  # templates write it by name
+                index = added.get(named.get(field.removesuffix("_id"), ""))
             if isinstance(index, int):
                 values[f"tokenizer.ggml.{key}_token_id"] = index
     if (template := _template(folder)) is not None:

@@ -35,6 +35,7 @@ _QUANTISERS = tuple((re.compile(pattern), tool) for pattern, tool in (
     (r"\.weight_packed$|\.weight_scale(_inv)?$", "compressed-tensors or a writer of float8, with another config.json"),
     (r"\.scales$", "MLX, with another config.json"),
 ))  # fmt: skip
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 #: The part of a module's tensor that a tensor of the files fills.
@@ -48,6 +49,13 @@ def find_quantiser(names: Iterable[str]) -> tuple[str, str] | None:
         if (name := next((name for name in listed if pattern.search(name)), None)) is not None:
             return tool, name
     return None
+
+
+def is_draft(name: str, layers: int, drafts: int) -> bool:
+    """Whether a tensor belongs to one of `drafts` layers for speculative decoding, which follow the `layers` of the
+    decoder."""
+    match = _LAYER.match(name)
+    return match is not None and layers <= int(match[1]) < layers + drafts
 
 
 def per_expert_modules(names: Iterable[str]) -> set[str]:

@@ -32,6 +32,10 @@ _PROJECTOR_PREFIXES: Final = ("keye", "paddleocr")
 FILES: Final = (
     "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "search.json",
 )  # fmt: skip
+#: What chat templates call special tokens, and GGUF does.
+_NAMED_TOKENS: Final = {
+    "bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"
+}  # fmt: skip
 FILE_KEY: Final = "keye.file."
 _MAX_FILE: Final = 1 << 20
 
@@ -223,6 +227,12 @@ def read_files(file: GGUF, vision: GGUF | None) -> dict[str, dict[str, Any]]:
     ends = [file.token(key) for key in ("eos", "eot", "eom")]
     if stops := list(dict.fromkeys(end for end in ends if end is not None)):
         chosen["eos_token_id"] = stops
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    named = {name: file.token(key) for name, key in _NAMED_TOKENS.items()}
+    if isinstance(tokens, list) and any(index is not None for index in named.values()):
+        files["tokenizer_config.json"] = {
+            name: tokens[index] for name, index in named.items() if index is not None and index < len(tokens)
+        }  # fmt: skip
     if chosen:
         files["generation_config.json"] = {"do_sample": bool(chosen.get("temperature")), **chosen}
     for source in (vision, file):
