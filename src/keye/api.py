@@ -101,12 +101,14 @@ class Keye:
 
     def index(
         self, video: object, path: str | Path, *, media_options: Mapping[str, Any] | None = None,
-        attention: AttentionMode | None = None, overwrite: bool = False, seconds: float | None = None,
-        on_progress: Callable[[Progress], None] | None = None, check: Callable[[], None] | None = None,
+        attention: AttentionMode | None = None, adapter: str | None = None, overwrite: bool = False,
+        seconds: float | None = None, on_progress: Callable[[Progress], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> IndexInfo:  # fmt: skip
         """Reads one video and writes what the model has stored of it to a file. `ask`, `ground` and `chat` take that in
         place of the video, in any process that loads the same model, and neither decode nor compute the video again.
-        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. It is
+        Options as in `stream_ask`; the file keeps them, and the formats that the model was loaded with. Questions about
+        what an `adapter` has computed have to name it again. It is
         computed as a request beside others, and may take `seconds` at most; `on_progress` is called as the video is
         computed, `check` again and again while this waits, and both may raise to end the work. An index at `path` is
         replaced, another file only with `overwrite`."""
@@ -119,8 +121,9 @@ class Keye:
 
         check_index_output(Path(path), overwrite=overwrite)
         return write_video_index(
-            self.engine, medium, Path(path), mode, seconds=seconds, on_progress=on_progress, check=check
-        )
+            self.engine, medium, Path(path), mode, adapter=self.runtime.resolve_adapter(adapter), seconds=seconds,
+            on_progress=on_progress, check=check,
+        )  # fmt: skip
 
     def ground(self, video: object, event: str, **options: Any) -> Answer:
         """Asks when an event happens; `intervals` of the answer are sorted and do not overlap. See `stream_ground`."""
@@ -290,13 +293,15 @@ class Keye:
         self.runtime.prefixes.clear()
         self.runtime.vision_cache.clear()
 
-    def live(self, *, keep: Keep = "all", reserve: int | None = None, **media_options: Any) -> LiveSession:
+    def live(
+        self, *, keep: Keep = "all", reserve: int | None = None, adapter: str | None = None, **media_options: Any
+    ) -> LiveSession:
         """A session to which frames are appended while questions are asked (`keye.sessions.live`). When the context is
         full, `keep` "recent" forgets the oldest frames, "all" refuses more; `reserve` tokens stay free for question and
-        answer. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
+        answer. `adapter` computes all of it. `media_options` (max_pixels, fps of files, ...) hold for all frames."""
         from keye.sessions.live import LiveSession
 
-        return LiveSession(self.engine, keep=keep, reserve=reserve, **media_options)
+        return LiveSession(self.engine, keep=keep, reserve=reserve, adapter=adapter, **media_options)
 
 
 def _with_merged_intervals(stream: AnswerStream) -> Generator[str | Answer]:

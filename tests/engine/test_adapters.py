@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import keye
-from keye import Keye, KeyeError
+from keye import Answer, Keye, KeyeError
 from keye.engine.request import Generating
 from keye.engine.sampling import SamplingParams
 from keye.models.adapters import merge
@@ -408,3 +408,26 @@ def test_configurations_beyond_what_python_reads(model: Keye, tmp_path: Path, te
     (tmp_path / "adapter_config.json").write_text(text)
     with pytest.raises(KeyeError):
         model.load_adapter(tmp_path, "mine")
+
+
+def test_indexes_and_live_sessions_are_computed_with_one_adapter(tmp_path: Path) -> None:
+    model = keye.load(tiny_folder(tmp_path / "model"), dtype="float32")
+    layers = ("visual.vision_model.encoder.layers.0.mlp.fc1", "model.layers.0.self_attn.v_proj", "lm_head")
+    model.load_adapter(write_adapter(tmp_path / "a", random_pairs(model.model, layers)), "mine")
+    video, options = clip(1), {"max_tokens": 3, "ignore_eos": True, "logprobs": 0}
+
+    def probabilities(answer: Answer) -> list[float]:
+        return [prob.logprob for prob in answer.logprobs or ()]
+
+    expected = probabilities(model.ask(video, "what?", adapter="mine", **options))
+    assert abs(expected[0] - probabilities(model.ask(video, "what?", **options))[0]) > 1e-3
+    model.index(video, tmp_path / "mine.keye", adapter="mine")
+    indexed = model.ask(tmp_path / "mine.keye", "what?", adapter="mine", **options)
+    assert probabilities(indexed) == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(KeyeError, match="with another adapter, but the question is asked without an adapter"):
+        model.ask(tmp_path / "mine.keye", "what?", **options)
+    live = model.live(adapter="mine")
+    live.append(video.frames, video.timestamps or ())
+    answer = live.ask("what?", max_tokens=3)
+    assert answer.usage.completion_tokens > 0
+    assert live.request("what?").adapter is model.runtime.adapters.get("mine")

@@ -84,11 +84,31 @@ def test_with_an_adapter_an_unknown_model_is_an_error(client: TestClient) -> Non
     assert chat(client, "captions").json()["model"] == "tiny"  # any name stands for a single model
 
 
-def test_routes_of_the_model_itself_reject_adapters(client: TestClient) -> None:
+def test_searches_reject_adapters(client: TestClient, video: Path) -> None:
     load(client, "captions")
-    error = error_of(client.post("/v1/live", json={"model": "captions"}))
+    body = {"model": "captions", "video": {"file_id": upload(client, video)}, "event": "red"}
+    error = error_of(client.post("/v1/video/find", json=body))
     assert "is an adapter" in error["message"] and error["param"] == "model"
-    assert client.post("/v1/live", json={"model": "tiny"}).status_code == 200
+
+
+def test_live_sessions_and_indexes_use_adapters(client: TestClient, video: Path) -> None:
+    load(client, "captions")
+    file_id = upload(client, video)
+    session = client.post("/v1/live", json={"model": "captions"}).json()["id"]
+    assert client.post(f"/v1/live/{session}/frames", json={"file_id": file_id}).json()["frames"] == 8
+    answer = client.post(f"/v1/live/{session}/ask", json={"question": "what?", "max_tokens": 2})
+    assert answer.json()["model"] == "captions"
+    index = client.post("/v1/indexes", json={"file_id": file_id, "model": "captions"}).json()["id"]
+    parts = [{"type": "file", "file": {"file_id": index}}, {"type": "text", "text": "what?"}]
+    body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 2}
+    assert client.post("/v1/chat/completions", json={**body, "model": "captions"}).status_code == 200
+    error = error_of(client.post("/v1/chat/completions", json={**body, "model": "tiny"}))
+    assert "indexed with another adapter, but the question is asked without an adapter" in error["message"]
+
+
+def upload(client: TestClient, video: Path) -> str:
+    files = {"file": (video.name, video.read_bytes())}
+    return client.post("/v1/files", files=files, data={"purpose": "media"}).json()["id"]
 
 
 def test_an_adapter_is_replaced_in_place(client: TestClient) -> None:

@@ -188,17 +188,18 @@ class Engine:
         *,
         attention: AttentionMode | None = None,
         select: Selection = "indexer",
+        adapter: str | Adapter | None = None,
         seconds: float | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         check: Callable[[], None] | None = None,
     ) -> tuple[KVCache, Finished]:
         """Computes a prompt and returns what is stored of it, which the caller frees: other prompts continue it as
-        their `past`. It is stored behind the prompt's own `past`, in that store. `on_progress` and
-        `check`, which is called again and again also while nothing is computed, may raise to end the work; `seconds`
-        is the longest that it may take."""
+        their `past`, with the same `adapter`. It is stored behind the prompt's own `past`, in that store. `on_progress`
+        and `check`, which is called again and again also while nothing is computed, may raise to end the work;
+        `seconds` is the longest that it may take."""
         request = GenerationRequest(
             prompt, SamplingParams(max_tokens=1), self.runtime.resolve_attention(attention), select=select,
-            seconds=seconds, prefill_only=True, detokenize=False,
+            seconds=seconds, prefill_only=True, detokenize=False, adapter=self.runtime.resolve_adapter(adapter),
         )  # fmt: skip
         with closing(self.run([request], check)) as events:
             for _, event in events:

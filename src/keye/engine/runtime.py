@@ -129,10 +129,10 @@ class Runtime:
             raise KeyeError(f"{self.name} has no sparse-attention indexer; leave attention out or set it to dense")
         return attention
 
-    def resolve_adapter(self, name: str | None) -> Adapter | None:
-        """The adapter of a request that asks for `name`, None for the default; `KeyeError` for one that is not
-        loaded."""
-        return None if name is None else self.adapters.get(name)
+    def resolve_adapter(self, adapter: str | Adapter | None) -> Adapter | None:
+        """The adapter of a request that asks for one by name, or has it; None for the default. `KeyeError` for one that
+        is not loaded."""
+        return adapter if isinstance(adapter, Adapter | None) else self.adapters.get(adapter)
 
     def use_by_default(self, name: str) -> None:
         """All requests that name no adapter use this one from now on, and so does whatever else is computed; meant for

@@ -150,9 +150,13 @@ class Context:
     def check_base(self, name: str | None) -> None:
         """The same for what the model computes without adapters; `ApiError` 400 for the name of one."""
         if self.adapter_of(name) is not None:
-            sentence = f"{name!r} is an adapter, which answers chats and completions; name {self.names[0]!r} here"
+            sentence = f"{name!r} is an adapter, with which nothing can be searched; name {self.names[0]!r} here"
             raise ApiError(400, sentence, param="model")
         self.check_model(name)
+
+    def adapter_name(self, name: str | None) -> str | None:
+        """`name` where an adapter is called so; None where it stands for the model itself."""
+        return None if self.adapter_of(name) is None else name
 
     def name_of(self, adapter: Adapter | None) -> str:
         """What replies call the model that has answered."""

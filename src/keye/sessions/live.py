@@ -59,12 +59,16 @@ def seconds_of(values: Sequence[float], name: str = "timestamps") -> list[float]
 
 
 class LiveSession:
-    """Made by `Keye.live`; its past lies in the store of the model, under its budgets. Not for several threads at once.
+    """Made by `Keye.live`; its past lies in the store of the model, under its budgets, and one `adapter` computes all
+    of it. Not for several threads at once.
 
     `frames` and `tokens` count what is remembered; `dropped` frames were forgotten.
     """
 
-    def __init__(self, engine: Engine, *, keep: Keep = "all", reserve: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, engine: Engine, *, keep: Keep = "all", reserve: int | None = None, adapter: str | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         if keep not in get_args(Keep):
             raise KeyeError(f"keep is {keep!r}; choose one of {', '.join(get_args(Keep))}")
         runtime = engine.runtime
@@ -75,6 +79,7 @@ class LiveSession:
                 "sessions need a model of Keye-VL 2.0"
             )
         self._engine, self._runtime, self._keep = engine, runtime, keep
+        self._adapter = runtime.resolve_adapter(adapter)
         self._limit = runtime.config.text.max_position_embeddings
         self._reserve = min(RESERVE, self._limit // 4) if reserve is None else reserve
         if not 0 < self._reserve < self._limit:
@@ -152,7 +157,7 @@ class LiveSession:
         stream = replace(self._stream, cache=self._stream.cache.fork())
         prompt = self._runtime.prompts.extend(stream, self._around(question, thinking)[1])
         ContextBudget(self._limit, params.max_tokens).check(prompt.length, prompt.visual_tokens)
-        return GenerationRequest(prompt, params, stream.attention, evidence=evidence)
+        return GenerationRequest(prompt, params, stream.attention, evidence=evidence, adapter=self._adapter)
 
     def stream_ask(self, question: str, **options: Any) -> AnswerStream:
         """Asks a question, with the options of `request`; the engine writes the reply."""
@@ -230,7 +235,7 @@ class LiveSession:
         else:
             prompt = builder.extend(past, ids, [item])
             pieces, times = (*past.pieces, *pieces), (*past.timestamps, *times)
-        cache, _ = self._engine.prefill(prompt, attention=mode)
+        cache, _ = self._engine.prefill(prompt, attention=mode, adapter=self._adapter)
         plan = {"frames": len(times), "timestamps": list(times), "visual_tokens": count_visual_tokens(pieces)}
         return VideoIndex(
             "<memory>", prompt.token_ids, prompt.position_ids, prompt.next_position, len(self._head), pieces, times,

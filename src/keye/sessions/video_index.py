@@ -30,6 +30,7 @@ from keye.engine.runtime import Runtime
 from keye.errors import KeyeError, KeyeWarning
 from keye.media.processor import Piece, VisualSpan, count_visual_tokens
 from keye.media.source.fetch import Source, is_index
+from keye.models.adapters import Adapter
 from keye.models.attention import AttentionMode, cache_rows
 from keye.models.keye import visual_mask
 from keye.ops.kv_blocks import RowSpec
@@ -55,8 +56,9 @@ class IndexInfo:
 
 
 def write_video_index(
-    engine: Engine, medium: Medium, path: Path, mode: AttentionMode, *, seconds: float | None = None,
-    on_progress: Callable[[Progress], None] | None = None, check: Callable[[], None] | None = None,
+    engine: Engine, medium: Medium, path: Path, mode: AttentionMode, *, adapter: Adapter | None = None,
+    seconds: float | None = None, on_progress: Callable[[Progress], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> IndexInfo:  # fmt: skip
     """Computes the prompt up to the end of a video as a request, and writes what is stored of it. `on_progress` and
     `check` may raise to end the work, which may take `seconds` at most. `KeyeError`, before anything is computed, for a
@@ -70,16 +72,20 @@ def write_video_index(
     end = next(i for i, segment in enumerate(segments) if segment.value is medium)
     text = model.config.text if mode == "sparse" else model.config.without_indexer().text
     layout = owner.kv.layout(cache_rows(text), model.dtype)
-    prompt = builder.lay_out(segments[: end + 1], budget=ContextBudget(text.max_position_embeddings, 1), stream=True)
+    budget, salt = ContextBudget(text.max_position_embeddings, 1), b"" if adapter is None else adapter.vision_salt
+    prompt = builder.lay_out(segments[: end + 1], budget=budget, stream=True, salt=salt)
     check_index_disk(path, layout, prompt.length)
     prepared = time.perf_counter()
     # A store of its own, since the rows of an index are those of its mode and are freed together.
     empty = KVCache(layout.layers, owner.kv.store(layout, model.device, owner.ledger))
     sequence, finished = engine.prefill(
-        replace(prompt, past=empty), attention=mode, seconds=seconds, on_progress=on_progress, check=check
-    )
+        replace(prompt, past=empty), attention=mode, adapter=adapter, seconds=seconds, on_progress=on_progress,
+        check=check,
+    )  # fmt: skip
     prefilled = time.perf_counter()
     about = _about(owner, builder, prompt, medium, mode)
+    if adapter is not None:
+        about["adapter"] = adapter.fingerprint
     about["video"]["plan"] = plan = _noted(prompt.plans[0], finished.notes)
     write_index_file(path, sequence, torch.cat((prompt.token_ids[None], prompt.position_ids)), about)
     sequence.free()
@@ -151,7 +157,7 @@ def open_video_index(owner: Runtime, source: Source) -> VideoIndex:
     cache = KVCache.of_blocks(store, blocks, file.length, check)
     return VideoIndex(
         source.name, file.tokens[0], file.tokens[1:], facts.next_position, facts.start, facts.pieces, facts.timestamps,
-        facts.plan, facts.attention, cache,
+        facts.plan, facts.attention, cache, facts.adapter,
     )  # fmt: skip
 
 
@@ -201,6 +207,7 @@ class _Facts:
     plan: Mapping[str, Any]
     pieces: tuple[Piece, ...]
     timestamps: tuple[float, ...]
+    adapter: str
 
     @property
     def visual_tokens(self) -> int:
@@ -215,6 +222,7 @@ class _Facts:
         fields = _fields(file, video, {"plan": dict, "options": dict, "pieces": list, "timestamps": list})
         sound = (
             about["attention"] in get_args(AttentionMode)
+            and isinstance(about.get("adapter", ""), str)
             and 0 <= about["start"] <= file.length
             and any(type(piece) is int for piece in fields["pieces"])
             and all(
@@ -231,6 +239,7 @@ class _Facts:
         return cls(
             Fingerprint(**{name: model[name] for name in names}), about["attention"], about["next_position"],
             about["start"], fields, fields["plan"], pieces, tuple(map(float, fields["timestamps"])),
+            about.get("adapter", ""),
         )  # fmt: skip
 
 

@@ -183,7 +183,7 @@ class _Form:
 async def create(request: Request, body: IndexRequest) -> JSONResponse:
     """Computes the KV state of an uploaded video and keeps it; messages then name the index in place of the video."""
     context = context_of(request)
-    context.check_base(body.model)
+    context.check_model(body.model)
     file = context.files.get(body.file_id, owner_of(request))
     if file.kind != "video" or file.id.startswith(INDEX):
         raise ApiError(400, "file_id is not a video; indexes are made of videos", param="file_id")
@@ -248,7 +248,7 @@ def _build(context: Context, file: StoredFile, body: IndexRequest, cancelled: th
     try:
         info = context.model.index(
             file.source(), path, media_options=body.preprocess_kwargs or {}, seconds=context.settings.request_seconds,
-            check=check_connected,
+            check=check_connected, adapter=context.adapter_name(body.model),
         )  # fmt: skip
         facts = {
             "kind": "video", "file_id": file.id, "tokens": info.tokens, "frames": info.plan["frames"], "kv": info.kv,

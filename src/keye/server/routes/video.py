@@ -164,9 +164,10 @@ def _cut(
 async def create(request: Request, body: LiveRequest) -> JSONResponse:
     """Opens a session. `keep` "recent" forgets the oldest frames when the context is full."""
     context, owner = context_of(request), owner_of(request)
-    context.check_base(body.model)
-
-    name = await context.live.open(owner, lambda: context.model.live(keep=body.keep, **(body.preprocess_kwargs or {})))
+    context.check_model(body.model)
+    own = {"keep": body.keep, "adapter": context.adapter_name(body.model)}
+    options = {**(body.preprocess_kwargs or {}), **own}
+    name = await context.live.open(owner, lambda: context.model.live(**options))
     return JSONResponse({"id": name, "object": "keye.live", "idle_seconds": IDLE_SECONDS})
 
 
@@ -198,11 +199,12 @@ async def ask(request: Request, session_id: str, body: LiveAsk) -> Response:
     answer last."""
     context, owner = context_of(request), owner_of(request)
     question = await cancel_on_disconnect(request, _generation_request(context, owner, session_id, body))
-    collector = Collector(question, context.names[0])
+    model = context.name_of(question.adapter)
+    collector = Collector(question, model)
     if not body.stream:
         await cancel_on_disconnect(request, collect(context, question, [Continuation()], collector.take))
         return JSONResponse(_answer_object(collector))
-    begin = {"object": "keye.live.answer.chunk", "model": context.names[0]}
+    begin = {"object": "keye.live.answer.chunk", "model": model}
     encode_piece = keye_encoder(ChatReply(ReplyStream()), begin, lambda _: _answer_object(collector))
 
     def encode(event: Event) -> Iterable[bytes]:
