@@ -13,7 +13,10 @@ import pytest
 
 from keye import hub
 from keye.errors import KeyeError
+from keye.weights.gguf.folder import read_link
 from tests.support.fake_hub import FakeHub, serve
+from tests.support.gguf import write_model
+from tests.support.tiny import tiny_folder
 
 COMMIT = "a" * 40
 SHARDS = {"model-1.safetensors": os.urandom(5000), "model-2.safetensors": os.urandom(3000)}
@@ -58,11 +61,25 @@ def test_without_weights_only_small_files_come(remote: FakeHub, tmp_path: Path) 
     assert names(folder) >= set(SHARDS)
 
 
-def test_a_repository_of_gguf_files_is_not_fetched(remote: FakeHub, tmp_path: Path) -> None:
-    remote.files = {**SMALL, "model.gguf": b"GGUF"}
-    with pytest.raises(KeyeError, match="its weights as GGUF in several files: fetch one of them and its mmproj"):
-        resolve(remote, tmp_path)
-    assert not any("gguf" in request for request in map(str, remote.requests))
+def test_a_gguf_model_of_a_repository_is_chosen_by_its_type(remote: FakeHub, tmp_path: Path) -> None:
+    folder = tmp_path / "local"
+    folder.mkdir()
+    model, vision = (path.read_bytes() for path in write_model(tiny_folder(tmp_path / "tiny"), folder, kind="Q8_0"))
+    remote.files = {
+        "Keye-F16.gguf": model, "Keye-BF16.gguf": b"x" * 2000, "README.md": b"z",
+        "mmproj-F16.gguf": vision, "mmproj-BF16.gguf": b"y" * 2000,
+    }  # fmt: skip
+    chosen = f"{remote.name}:f16"
+    link = read_link(resolve(remote, tmp_path / "cache", chosen))
+    assert link is not None
+    assert [path.name for path in link if path is not None] == ["Keye-F16.gguf", "mmproj-F16.gguf"]
+    assert not any("BF16" in request for request in map(str, remote.requests))
+    remote.requests.clear()
+    assert read_link(resolve(remote, tmp_path / "cache", chosen, offline=True)) == link
+    assert remote.requests == []
+    for name in (remote.name, f"{remote.name}:Q4_K_M"):
+        with pytest.raises(KeyeError, match=r"holds Keye-BF16\.gguf, Keye-F16\.gguf: name one of them, as in some"):
+            resolve(remote, tmp_path / "other", name)
 
 
 def test_what_is_here_is_not_asked_for_again(remote: FakeHub, tmp_path: Path) -> None:

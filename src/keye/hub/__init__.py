@@ -55,7 +55,8 @@ def resolve(
 
     Tried in this order: a known name, a path, `organisation/name` on the hub. To open a folder called like a known
     name, write `./nano`. A GGUF file, or a folder with one, becomes a temporary folder of the small files that follow
-    from it; `mmproj` is its vision part, by default the only `mmproj*.gguf` beside it. `revision` is a branch, tag or
+    from it; `mmproj` is its vision part, by default the only `mmproj*.gguf` beside it. `organisation/name:Q4_K_M` is
+    one of several in a repository, with its vision part. `revision` is a branch, tag or
     commit on the hub and counts for nothing else; `name@revision` says the same. Without `weights` only the small files
     are fetched. What is here is not asked for again: a branch stays at the commit that it was when it was first
     fetched. `config` is what the environment says unless given; `progress` is called with the bytes that are here and
@@ -70,14 +71,13 @@ def resolve(
         return _check_folder(asset(PACKAGED[name.lower()]), weights)
     path = Path(os.path.expanduser(name))
     repository, _, tag = name.partition("@")
+    repository, _, choice = repository.partition(":")
     repository = PUBLISHED.get(repository.lower(), repository)
     may_be_on_hub = isinstance(name_or_path, str) and _HUB_NAME.fullmatch(repository)
     if not may_be_on_hub or (name.lower() not in PUBLISHED and os.path.exists(path)):
         if os.path.exists(path):  # unlike Path.exists, False also for names too long for the file system
             if (model := find_gguf(path)) is not None:
-                from keye.weights.gguf.folder import small_files
-
-                return small_files(model, None if mmproj is None else Path(mmproj).expanduser())
+                return _small_files(model, None if mmproj is None else Path(mmproj).expanduser())
             return _check_folder(path, weights)
         if isinstance(name_or_path, Path) or "/" in name or "\\" in name or name.startswith("~"):
             raise KeyeError(f"{path} does not exist: give a checkpoint folder or one of {', '.join(known_names())}.")
@@ -89,8 +89,18 @@ def resolve(
         raise KeyeError(f"{chosen!r} cannot be a revision: give a branch, tag or commit of {repository}.")
     from keye.hub.download import Store, fetch_checkpoint  # not needed for what is on this machine
 
-    store = Store(repository, config or hub_config())
+    store = Store(repository, config or hub_config(), choice or None)
+    if choice:
+        folder = fetch_checkpoint(store, chosen, weights, progress)
+        files = store.choose(path.name for path in folder.iterdir())
+        return _small_files(folder / files[0], folder / files[-1] if "mmproj" in files[-1].lower() else None)
     return _check_folder(fetch_checkpoint(store, chosen, weights, progress), weights)
+
+
+def _small_files(model: Path, mmproj: Path | None) -> Path:
+    from keye.weights.gguf.folder import small_files  # only needed for GGUF
+
+    return small_files(model, mmproj)
 
 
 def _explain_unknown(name: str) -> str:

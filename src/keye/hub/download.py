@@ -20,6 +20,7 @@ from typing import Any, Final, cast
 from keye.config import HubConfig
 from keye.errors import KeyeError
 from keye.files import complete_file
+from keye.hub.gguf_files import choose_files
 from keye.units import format_bytes
 
 SMALL_SUFFIXES: Final = frozenset({".json", ".txt", ".jinja"})
@@ -52,10 +53,10 @@ class RemoteFile:
 
 
 class Store:
-    """The cached copy of one repository."""
+    """The cached copy of one repository; with `choice` only of one GGUF model in it, see `choose_files`."""
 
-    def __init__(self, name: str, config: HubConfig) -> None:
-        self.name, self.config = name, config
+    def __init__(self, name: str, config: HubConfig, choice: str | None = None) -> None:
+        self.name, self.config, self.choice = name, config, choice
         self.folder = config.cache / f"models--{name.replace('/', '--')}"
 
     def commit_of(self, revision: str) -> str | None:
@@ -95,6 +96,9 @@ class Store:
     def wanted(self, commit: str, files: Iterable[RemoteFile], *, weights: bool) -> list[RemoteFile]:
         """Small files, and the weights: those that the index names, if it is here, else all in the better format."""
         files = list(files)
+        if self.choice is not None:
+            chosen = self.choose(file.name for file in files)
+            return [file for file in files if file.name in chosen]
         small = [file for file in files if not file.is_weight]
         if not weights:
             return small
@@ -107,6 +111,11 @@ class Store:
                 raise KeyeError(f"{INDEX_FILE} of {self.name} {lacking}: choose another revision.")
             shards = [file for file in shards if file.name in named]
         return small + (shards or [file for file in files if file.is_weight])
+
+    def choose(self, names: Iterable[str]) -> list[str]:
+        """Of these files those of the GGUF model that `choice` names."""
+        assert self.choice is not None
+        return choose_files(list(names), self.choice, self.name)
 
     def _listing_file(self, commit: str) -> Path:
         return self.folder / "keye" / f"{commit}.json"
@@ -133,7 +142,9 @@ def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progr
     try:
         if commit is None or files is None:
             commit, files = list_remote(store.name, revision, store.config)
-            _check_files(store.name, files, weights)
+            if store.choice is None:
+                _check_files(store.name, files, weights)
+            store.wanted(commit, files, weights=False)  # fails for a choice that is not there
             store.remember(revision, commit, files)
         _fetch(store, commit, files, weights=weights, progress=progress)
     except Exception as error:  # the errors of the hub library and of its HTTP client share no other base
@@ -150,8 +161,7 @@ def fetch_checkpoint(store: Store, revision: str, weights: bool, progress: Progr
 def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
     has_tensors = any(file.name.endswith(".safetensors") for file in files)
     if not has_tensors and any(file.name.lower().endswith(".gguf") for file in files):
-        raise KeyeError(f"{name} on the hub holds its weights as GGUF in several files: fetch one of them and its "
-                        f"mmproj (hf download {name} FILE), and give that file.")  # fmt: skip
+        choose_files([file.name for file in files], "", name)  # says what there is
     if not any(file.name == "config.json" for file in files):
         raise KeyeError(f"{name} on the hub holds no config.json, so it is not a checkpoint: check the name.")
     if weights and files and not has_tensors:
@@ -161,6 +171,9 @@ def _check_files(name: str, files: Sequence[RemoteFile], weights: bool) -> None:
 
 def _find_offline(store: Store, commit: str | None, weights: bool, reason: str) -> Path:
     """What another program has fetched, if it looks complete; it left no list of what belongs to it."""
+    if commit is not None and store.choice is not None and store.snapshot(commit).is_dir():
+        store.choose(path.name for path in store.snapshot(commit).iterdir() if path.is_file())
+        return store.snapshot(commit)
     if commit is not None and (store.snapshot(commit) / "config.json").is_file():
         folder = store.snapshot(commit)
         if not weights:
@@ -229,7 +242,7 @@ def _fetch(store: Store, commit: str, files: list[RemoteFile], *, weights: bool,
     """
     small = store.wanted(commit, files, weights=False)
     for file in small:
-        if file.size > MAX_SMALL_BYTES:
+        if file.size > MAX_SMALL_BYTES and not file.is_weight:
             raise KeyeError(f"{file.name} of {store.name} has {file.size:,} bytes, too many for a file of its kind.")
     _fetch_all(store, commit, small, None if weights else progress)
     if weights:
