@@ -49,6 +49,20 @@ def test_every_tensor_gets_the_format_that_llama_cpp_chooses(tmp_path, geometry,
     assert formats(tmp_path / "ours.gguf") == formats(tmp_path / "theirs.gguf")
 
 
+LATENT = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "q_lora_rank": 256,
+          "kv_lora_rank": 256, "num_hidden_layers": 9, "vocab_size": 1792}  # fmt: skip
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q3_K_M"])
+@pytest.mark.parametrize("changes", [LATENT, {**LATENT, "n_routed_experts": 16}, {}])
+def test_every_tensor_of_671b_gets_the_format_that_llama_cpp_chooses(tmp_path, changes, file_type):
+    folder = latent_folder(tmp_path / "model", **changes)
+    export_text(folder, tmp_path / "plain.gguf", "BF16")
+    export_text(folder, tmp_path / "ours.gguf", file_type)
+    llama_cpp.quantize(tmp_path / "plain.gguf", tmp_path / "theirs.gguf", file_type)
+    assert formats(tmp_path / "ours.gguf") == formats(tmp_path / "theirs.gguf")
+
+
 def test_llama_cpp_runs_the_text_of_keye_nano(tmp_path):
     folder, tokens = PACKAGE_FOLDER / "assets" / "nano", tokens_of(60)  # up to 64 tokens it attends to all of them
     export_text(folder, tmp_path / "nano.gguf", "F32", text_only=True)
