@@ -380,3 +380,18 @@ def test_damaged_files_are_read_or_rejected_with_a_sentence(
             sentences.append(str(error))
     assert len(sentences) > 20
     assert not any("\n" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("name", ["KeyeForConditionalGeneration", "KeyeVL1_5ForConditionalGeneration"])
+def test_the_release_follows_from_both_files(name: str, tmp_path: Path) -> None:
+    """Preview and 1.5 share the name of the language model: the projector's norm tells them apart."""
+    raw = {**read_json(tiny_folder(tmp_path / "tiny", weights=False) / "config.json"), "architectures": [name]}
+    raw = {key: value for key, value in raw.items() if "expert" not in key and key != "sa_config"}
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(raw))
+    model = KeyeModel(load_model_config(tmp_path / "tiny"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model(model, tmp_path / "tiny", dtype=torch.bfloat16)
+    files = write_model(tmp_path / "tiny", tmp_path, kind="F32", architecture="qwen3")
+    assert load_model_config(resolve(files[0])).architecture == name
+    assert_same_model(files, tmp_path / "tiny")
