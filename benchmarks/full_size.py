@@ -7,7 +7,8 @@
 are random with the variance that keeps activations in range, so that every token chooses its own experts. Free space
 is checked first. `run` loads the folder and asks with an image and a video in every prompt, sparse attention on: time
 to the first token of a prompt of 512 tokens, prefill and decode at a context of 4,096, the experts that were chosen,
-the peak of resident memory. Prints one JSON object. Times count on an idle machine only.
+the peak of resident memory. Prints one JSON object. Times count on an idle machine only; those of the CPU
+are of all threads.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ def main() -> None:
     run_parser.add_argument("--first", type=int, default=FIRST)
     run_parser.add_argument("--context", type=int, default=CONTEXT)
     run_parser.add_argument("--reply", type=int, default=REPLY)
+    run_parser.add_argument("--experts", choices=["memory", "disk"], default="memory")
+    run_parser.add_argument("--experts-folder", type=Path, help="where experts on disk lie")
     options = parser.parse_args()
     result = build(options) if options.verb == "build" else run(options)
     print(json.dumps(result))
@@ -204,15 +207,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Loads the folder and measures; the second prompt shares nothing with the first."""
     torch.set_num_threads(options.threads)
     begin = time.perf_counter()
-    model = keye.load(options.folder)
+    model = keye.load(options.folder, experts=options.experts, experts_folder=options.experts_folder)
     loading = time.perf_counter() - begin
     resident = resident_bytes("VmRSS")
     first = measure(model, options.first, 2, seed=1, frames=4)
     long = measure(model, options.context, options.reply + 1, seed=2, frames=32)
     return {
         "folder": str(options.folder), "threads": options.threads, "load_seconds": round(loading, 1),
-        "loaded_bytes": resident, "first": first, "long": long, "routing": routing(model),
-        "peak_bytes": resident_bytes("VmHWM"), "attention": model.runtime.attention,
+        "experts": options.experts, "loaded_bytes": resident, "first": first, "long": long, "routing": routing(model),
+        "peak_bytes": resident_bytes("VmHWM"),
+        "anonymous_bytes": resident_bytes("RssAnon"), "attention": model.runtime.attention,
     }  # fmt: skip
 
 
@@ -220,15 +224,15 @@ def measure(model: keye.Keye, tokens: int, reply: int, *, seed: int, frames: int
     """One request with a prompt of `tokens`: seconds to its first token, from the files on, and of each further one."""
     request, size = question(model, tokens, reply, seed, frames)
     core, events = model.core, list[Any]()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     task = core.add(request, events.append)
-    stamps = list[tuple[int, float]]()
+    stamps = list[tuple[int, float, float]]()
     while not core.is_idle():
         if not core.step():
             core.wait_for_work()
         count = sum(len(choice.reply) for choice in task.choices)
         if count and (not stamps or count > stamps[-1][0]):
-            stamps.append((count, time.perf_counter() - begin))
+            stamps.append((count, time.perf_counter() - begin, time.process_time() - cpu_begin))
     finished = next((event for event in events if hasattr(event, "completion_tokens")), None)
     if finished is None:
         sys.exit(f"the request failed: {events[-1]}")
@@ -237,12 +241,14 @@ def measure(model: keye.Keye, tokens: int, reply: int, *, seed: int, frames: int
     gaps = sorted(later[1] - sooner[1] for sooner, later in pairwise(stamps))
     result = {
         "prompt_tokens": size, "media_tokens": finished.media_tokens, "first_token_seconds": round(stamps[0][1], 2),
+        "first_token_cpu_seconds": round(stamps[0][2], 2),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "prefill_tokens_per_second": round(size / seconds["prefill"], 1) if seconds.get("prefill") else None,
     }  # fmt: skip
     if gaps:
         result |= {"generated": stamps[-1][0], "token_seconds": round(gaps[len(gaps) // 2], 4),
-                   "tokens_per_second": round(len(gaps) / sum(gaps), 2)}  # fmt: skip
+                   "tokens_per_second": round(len(gaps) / sum(gaps), 2),
+                   "token_cpu_seconds": round((stamps[-1][2] - stamps[0][2]) / len(gaps), 4)}  # fmt: skip
     return result
 
 
@@ -279,7 +285,7 @@ def routing(model: keye.Keye) -> dict[str, Any] | None:
 
 
 def resident_bytes(name: str) -> int:
-    """VmRSS or VmHWM of this process."""
+    """VmRSS, VmHWM or RssAnon of this process."""
     with open("/proc/self/status", encoding="utf-8") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
