@@ -48,13 +48,11 @@ def factors(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def pack_words(values: Tensor, bits: int) -> Tensor:
-    """Unsigned values [M, N] -> int32 [M, ceil(N * bits / 32)], the first in the lowest bits, by Python's integers."""
-    rows = []
-    for row in values.tolist():
-        number = sum(value << (bits * place) for place, value in enumerate(row))
-        words = -(-len(row) * bits // 32)
-        rows.append([(number >> (32 * word)) & 0xFFFFFFFF for word in range(words)])
-    return torch.tensor(rows, dtype=torch.int64).to(torch.uint32).view(torch.int32)
+    """Unsigned values [M, N] -> int32 [M, ceil(N * bits / 32)], the first in the lowest bits."""
+    each = 32 // bits
+    padded = torch.nn.functional.pad(values.long(), (0, -values.shape[1] % each)).unflatten(1, (-1, each))
+    words = sum(padded[..., place] << (bits * place) for place in range(each))
+    return words.to(torch.uint32).view(torch.int32)
 
 
 def group_spread(scales: Tensor, group: int, columns: int) -> Tensor:
