@@ -11,6 +11,7 @@ from PIL import Image
 import keye
 from keye.cli import main
 from keye.errors import KeyeError
+from keye.weights.open import open_weights
 from tests.support.engine import conversation, generate_alone, greedy, run_together, write_clip
 from tests.support.latent import latent_folder
 
@@ -94,6 +95,10 @@ def test_quantised_and_converted_files_answer(
     assert main(["convert", str(folder), "--type", "f32", "-o", str(tmp_path / "large.gguf")]) == 0
     words = ["convert", folder, "--mmproj", "--type", "f16", "-o", tmp_path / "mmproj-large.gguf"]
     assert main([str(word) for word in words]) == 0
+    assert main(["convert", str(folder), "--to", "safetensors", "-o", str(tmp_path / "plain")]) == 0
+    bias = open_weights(tmp_path / "plain")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == "F32", "the router's bias decides between nearly equal scores"
+    assert keye.load(tmp_path / "plain").ask(media["image"], "what?", max_tokens=2).usage.completion_tokens > 0
     want = model.ask(media["image"], "what?", max_tokens=6, temperature=0)
     gguf = keye.load(tmp_path / "large.gguf", dtype="float32").ask(media["image"], "what?", max_tokens=6, temperature=0)
     assert gguf.text == want.text

@@ -93,7 +93,7 @@ def to_float8(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     for i in range(scales.shape[0]):
         for j in range(scales.shape[1]):
             part = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
-            scales[i, j] = weight[part].abs().max() / 448
+            scales[i, j] = weight[part].abs().max().clamp_min(1e-12) / 448
             codes[part] = (weight[part] / scales[i, j]).to(torch.float8_e4m3fn)
     return codes, scales
 

@@ -17,6 +17,8 @@ IGNORED = re.compile(
 #: Those of them that are parameters of the official modules: other loaders (vLLM's) miss them in a checkpoint, so that
 #: saving copies them from the files that the model was loaded from.
 CARRIED = re.compile(r"visual\.vision_model\.head\.|\.packing_position_embedding\.")
+#: The bias of DeepSeek-V3's router, in float32 whatever the other tensors are: it decides between nearly equal scores.
+ROUTER_BIAS = re.compile(r"\.e_score_correction_bias$")
 #: Names of an indexer's tensors have this in them, those of the vision tower and projector begin with these.
 INDEXER = ".sa_indexer."
 VISION = ("visual.", "mlp_AR.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keye.weights.names import file_tensors, per_expert_modules
+from keye.weights.names import ROUTER_BIAS, file_tensors, per_expert_modules
 from keye.weights.safetensors import write_checkpoint
 from keye.weights.source import TensorSource, WeightsError, copy_all
 
@@ -42,11 +42,11 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def items(self) -> list[tuple[str, Tensor]]:  # type: ignore[override]
-        return [(name, torch.empty(shape, dtype=self._dtype, device="meta")) for name, shape in self._shapes.items()]
+        return [(n, torch.empty(shape, dtype=self._dtype_of(n), device="meta")) for n, shape in self._shapes.items()]
 
     def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
-        tensor = torch.empty(shape, dtype=self._dtype)
+        tensor = torch.empty(shape, dtype=self._dtype_of(name))
         copy_all(work for stored, view in file_tensors(name, shape, self._per_expert)
                  for work in self._source(stored).pieces(view(tensor)))  # fmt: skip
         if tensor.numel() and not bool(tensor.abs().max().isfinite()):
@@ -55,6 +55,9 @@ class _Tensors(Mapping[str, Tensor]):
         self._done += tensor.numel()
         self._on_progress(self._done, self._total)
         return tensor
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if ROUTER_BIAS.search(name) else self._dtype
 
     def _source(self, name: str) -> TensorSource:
         if name not in self._sources:

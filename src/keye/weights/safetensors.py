@@ -22,6 +22,7 @@ from torch import Tensor
 
 from keye.config import read_json
 from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.weights.names import ROUTER_BIAS
 from keye.weights.source import WeightsError
 
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -180,16 +181,19 @@ def write_checkpoint(
 ) -> Path:
     """Writes `model.safetensors`, or shards with their index where there are more than `shard_bytes`.
 
-    `dtype` converts floating-point numbers on the way, but not what belongs to quantised weights. The files appear
-    together when all are complete, and those of an earlier save vanish; a failure leaves the folder as it was. Returns
-    the path of the file or of the index. Extra memory: one tensor, of a mapping that reads tensors when it is asked for
-    them too, if its `items` are on the meta device.
+    `dtype` converts floating-point numbers on the way, but not what belongs to quantised weights, and no `ROUTER_BIAS`.
+    The files appear together when all are complete, and those of an earlier save vanish; a failure leaves the folder as
+    it was. Returns the path of the file or of the index. Extra memory: one tensor, of a mapping that reads tensors when
+    it is asked for them too, if its `items` are on the meta device.
     """
     from keye.files import complete_file
 
     folder.mkdir(parents=True, exist_ok=True)
     described = dict(tensors.items())
-    dtypes = {name: t.dtype if dtype is None or _CODES.search(name) else dtype for name, t in described.items()}
+    dtypes = {
+        name: t.dtype if dtype is None or _CODES.search(name) or ROUTER_BIAS.search(name) else dtype
+        for name, t in described.items()
+    }
     sizes = {name: t.numel() * dtypes[name].itemsize for name, t in described.items()}
     groups = group_names(sizes, shard_bytes)
     single, count = len(groups) == 1, len(groups)
