@@ -50,7 +50,7 @@ def problem() -> str:
 
 def _install_llama_cpp() -> str:
     with tempfile.TemporaryDirectory(prefix="keye-peers-") as scratch:
-        reason = _run(["npm", "pack", "--silent", f"{PACKAGE}@{VERSION}", "--pack-destination", scratch])
+        reason = _run(["npm", "pack", "--loglevel=error", f"{PACKAGE}@{VERSION}", "--pack-destination", scratch])
         if reason:
             return reason
         [archive] = Path(scratch).glob("*.tgz")
@@ -76,13 +76,13 @@ def _install_gguf() -> str:
 
 
 def _run(command: list[str]) -> str:
-    """Nothing, or the last line of what a command that failed printed."""
+    """Nothing, or the first line of what a command that failed said."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
-    return "" if done.returncode == 0 else f"{' '.join(command[:3])} failed: {lines[-1]}"
+    return "" if done.returncode == 0 else f"{' '.join(command[:3])} failed: {lines[0]}"
 
 
 if __name__ == "__main__":
