@@ -76,6 +76,18 @@ def test_a_full_disk_is_one_sentence(run: Callable, model_folder: Path, tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_files_of_others_and_the_input_are_kept(run: Callable, model_folder: Path, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden/gguf/case-00-Q4_K_M.gguf"
+    other, ours = tmp_path / "other.gguf", tmp_path / "ours.gguf"
+    other.write_bytes(golden.read_bytes())
+    result = run("convert", model_folder, "-o", other)
+    assert (result.code, other.read_bytes()) == (2, golden.read_bytes())
+    assert run("convert", model_folder, "-o", ours).code == 0
+    assert run("convert", model_folder, "--type", "Q8_0", "-o", ours).code == 0
+    result = run("convert", ours, "-o", ours)
+    assert (result.code, "is the input itself" in result.err) == (2, True)
+
+
 def test_a_checkpoint_that_is_cut_short_gives_no_file(run: Callable, model_folder: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     bad.mkdir()

@@ -53,6 +53,8 @@ def convert(
     from keye.commands.shared import inputs, show
 
     target = target or ("gguf" if output.suffix.lower() == ".gguf" else "safetensors")
+    if output.exists() and Path(model).exists() and output.samefile(model):
+        raise KeyeError(f"{output} is the input itself: give -o another name")
     if target == "gguf":
         _check_file(output, overwrite)
     else:
@@ -76,11 +78,11 @@ def convert(
 
 def _check_file(output: Path, overwrite: bool) -> None:
     from keye.files import check_output
-    from keye.weights.gguf.reader import is_gguf
+    from keye.weights.export import is_own
 
     if output.suffix.lower() != ".gguf":
         raise KeyeError(f"{output} is not called as a GGUF file: end it in .gguf, or give --to safetensors")
-    check_output(output, is_gguf, overwrite=overwrite)
+    check_output(output, is_own, overwrite=overwrite)
 
 
 def _check_folder(output: Path, overwrite: bool, *, vision: bool, text_only: bool) -> None:

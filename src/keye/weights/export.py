@@ -17,11 +17,13 @@ from keye.weights.gguf.convert import Conversion, plan_conversion, write_convers
 from keye.weights.gguf.metadata import FILE_KEY, FILES, KEYE2, text_metadata, vision_metadata
 from keye.weights.gguf.mixes import TEXT_TYPES, VISION_TYPES
 from keye.weights.gguf.names import Sizes
-from keye.weights.gguf.reader import GGUFError, Value
+from keye.weights.gguf.reader import GGUFError, Value, read_gguf
 from keye.weights.gguf.tokens import token_metadata
 from keye.weights.names import is_draft
 from keye.weights.source import TensorSource
 
+#: What files say of themselves under `general.quantized_by`.
+WRITER: Final = "keye"
 _TOKEN_IDS: Final = {"eos": "eos_token_id", "padding": "pad_token_id", "bos": "bos_token_id"}
 
 
@@ -94,7 +96,17 @@ def _architecture(raw: Mapping[str, Any], text_only: bool) -> str:
 
 
 def _general(kind: str, architecture: str, name: str) -> dict[str, Value]:
-    return {"general.type": kind, "general.architecture": architecture, "general.name": name}
+    return {
+        "general.type": kind, "general.architecture": architecture, "general.name": name, "general.quantized_by": WRITER,
+    }  # fmt: skip
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file is a GGUF file that keye wrote."""
+    try:
+        return read_gguf(path).metadata.get("general.quantized_by") == WRITER
+    except GGUFError:
+        return False
 
 
 def _text_values(folder: Path, raw: Mapping[str, Any], text_only: bool) -> dict[str, Value]:
