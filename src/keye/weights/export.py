@@ -97,7 +97,8 @@ def _architecture(raw: Mapping[str, Any], text_only: bool) -> str:
 
 def _general(kind: str, architecture: str, name: str) -> dict[str, Value]:
     return {
-        "general.type": kind, "general.architecture": architecture, "general.name": name, "general.quantized_by": WRITER,
+        "general.type": kind, "general.architecture": architecture, "general.name": name,
+        "general.quantized_by": WRITER,
     }  # fmt: skip
 
 
