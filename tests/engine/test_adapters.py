@@ -322,6 +322,8 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
         (tensors_with(**{f"{Q}.lora_A.weight": torch.ones(4, 96)}), "made for another model"),
         ({"model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(4, 64),
           "model.layers.9.mlp.up_proj.lora_B.weight": torch.ones(64, 4)}, "no linear layer"),
+        ({"model.layers.0.input_layernorm.lora_A.weight": torch.ones(4, 64),
+          "model.layers.0.input_layernorm.lora_B.weight": torch.ones(64, 4)}, "takes no adapter here"),
         (tensors_with(**{f"{Q}.lora_B.weight": None}), "without the other half"),
         (tensors_with(**{f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), "DoRA's magnitudes"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}), "not finite"),
@@ -332,7 +334,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
          "experts are 4 of 64 x 64 and 32 x 64"),
         ({}, "holds no tensors"),
     ],
-    ids=["shape", "layer", "half", "dora", "nan", "dtype", "expert", "experts", "empty"],
+    ids=["shape", "layer", "norm", "half", "dora", "nan", "dtype", "expert", "experts", "empty"],
 )  # fmt: skip
 def test_adapters_of_other_models_are_one_sentence(
     model: Keye, tmp_path: Path, tensors: dict[str, Tensor], sentence: str

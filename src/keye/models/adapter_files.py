@@ -218,6 +218,9 @@ class _Layout:
             self._place_experts(pair, experts)
         else:
             sizes = _sizes(name, self.modules.get(name), pair.embeds)
+            if sizes is None and name in self.modules:
+                raise AdapterError(f"{self.folder} changes {name[:200]}, a layer that takes no adapter here: merge it "
+                                   "with PEFT and load the merged model")  # fmt: skip
             if sizes is None:
                 raise self._foreign(f"changes {pair.module[:200]}, where the model has no linear layer")
             key = pair.module.removeprefix(_PREFIX)
