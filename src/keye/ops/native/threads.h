@@ -4,11 +4,12 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 namespace keye {
+
+// Runs `call(data)` on the caller's thread and, as far as they are free, on `threads - 1` others at the same time.
+void run_on_threads(void (*call)(void *), void *data, int threads);
 
 // Runs `work(i)` for i below `count` on `threads` threads, the caller's among them. Returns 1 when memory ran out.
 template <class Work> inline int run(int64_t count, int threads, Work work) {
@@ -22,14 +23,7 @@ template <class Work> inline int run(int64_t count, int threads, Work work) {
         }
     };
     threads = (int)std::min<int64_t>(std::max(threads, 1), count);
-    std::vector<std::thread> others;
-    try {
-        for (int i = 1; i < threads; i++) others.emplace_back(loop);
-    } catch (const std::system_error &) {
-        // The system has no more threads; those that run do all the work.
-    }
-    loop();
-    for (auto &other : others) other.join();
+    run_on_threads([](void *data) { (*(decltype(loop) *)data)(); }, &loop, threads);
     return failed;
 }
 
