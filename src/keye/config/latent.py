@@ -30,7 +30,8 @@ _KINDS: Final = {
 _METHODS: Final = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "hidden_act": "silu"}
 #: Keys of DeepSeek's files that carry no information for the forward pass, beside those of all releases.
 _INERT: Final = frozenset(
-    "aux_loss_alpha ep_size num_key_value_heads pretraining_tp seq_aux quantization_config rope_interleave".split()
+    "aux_loss_alpha ep_size num_key_value_heads pretraining_tp qk_head_dim quantization_config rope_interleave "
+    "seq_aux".split()
 )
 #: Every key that has a meaning here.
 LATENT_FIELDS: Final = frozenset(
