@@ -122,6 +122,7 @@ def test_experts_that_do_not_fit_a_gpu_are_planned_elsewhere(run: Callable) -> N
 def test_experts_on_disk_are_planned_and_a_slow_disk_is_one_sentence(run: Callable) -> None:
     result = run("plan", "--model", "2.0", "--ram", "16GiB", "--json")
     assert result.code == 0 and set(result.data["placement"]["experts"]) == {"memory", "disk"}
+    assert "keye serve 2.0 --quant int4 --experts disk" in run("plan", "--model", "2.0", "--ram", "16GiB").out
     slow = run("plan", "--model", "2.0", "--ram", "16GiB", "--bandwidth", "-,-,0.15")
     assert slow.code == 1 and "int4 is too slow" in slow.out and slow.out.count("\n") == 1
     assert run("plan", "--model", "2.0", "--mac", "32GiB").code == 0

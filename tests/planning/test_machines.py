@@ -83,10 +83,12 @@ def test_a_recommendation_says_how_it_was_reckoned(large: ModelSizes) -> None:
     recommended = recommend(large, memory, {"cpu": 40e9, "cuda:0": 800e9})
     assert recommended is not None
     assert (recommended["device"], recommended["format"]) == ("cuda:0", "int4")
+    assert recommended["options"] == ["--quant", "int4", "--device", "cuda:0"]
     assert "15.6 GiB of weights" in recommended["sentence"] and "800 GB/s" in recommended["sentence"]
     assert recommend(large, [Memory("cpu", 2 * GIB, 2 * GIB)], {"cpu": 40e9}) is None
     small = recommend(large, [Memory("cpu", 12 * GIB, 12 * GIB)], {"cpu": 40e9})
     assert small is not None and "of the experts on disk" in small["sentence"]
+    assert small["options"] == ["--quant", "int4", "--experts", "disk"]
 
 
 def test_a_model_whose_decoder_is_only_described_is_placed_too() -> None:

@@ -194,6 +194,9 @@ def print_placement(result: Mapping[str, Any]) -> None:
                  "of context")  # fmt: skip
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False)
+    if result["disk"] and not result["card"]:
+        console.print(f"Run it so: keye serve {one_line(result['model'])} --quant {result['weights']} --experts disk",
+                      soft_wrap=True, highlight=False)  # fmt: skip
     if result["card"] and not result["whole"]:
         console.print("Planned, not run: keye runs a model on one device.", style="yellow", soft_wrap=True)
 

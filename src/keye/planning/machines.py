@@ -148,8 +148,11 @@ def recommend(model: ModelSizes, memory: Sequence[Memory], bandwidths: Mapping[s
     )
     if placed.disk:
         sentence += f", with {placed.experts['disk']:.0%} of the experts on disk"
+    words = [] if placed.weights == "bf16" else ["--quant", placed.weights]
+    words += ["--experts", "disk"] if placed.disk else []
+    words += ["--device", device.device] if device.device != "cpu" else []
     return {"format": placed.weights, "device": device.device, "largest_context": context, "sentence": sentence,
-            "placement": placed.to_dict()}  # fmt: skip
+            "options": words, "placement": placed.to_dict()}  # fmt: skip
 
 
 @cache

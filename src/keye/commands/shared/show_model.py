@@ -176,6 +176,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         return rows
     if (recommended := result["recommendation"]) is not None:
         rows.append(("recommended", f"{recommended['sentence']} on {recommended['device']}"))
+        rows.append(("", " ".join(("keye serve", result["model"], *recommended["options"]))))
     else:
         rows.append(("recommended", "no format of this model runs here: keye inspect --machines shows what it needs"))
     return rows
