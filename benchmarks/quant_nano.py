@@ -3,9 +3,9 @@
     python -m benchmarks.quant_nano                                  # bytes and distances: a minute
     python -m benchmarks.quant_nano --questions 2000 --formats bf16 int8 int4   # and scores: minutes for each format
 
-`divergence` is the mean Kullback-Leibler divergence, in nats, from bfloat16 to the format over the tokens of questions
-and answers about FrameForge clips of the split `test`, which calibration does not see; `same` is the share of these
-tokens whose likeliest next token is the same. `weights` is what quantised weights alone change, `run` what the format's
+`divergence` is the mean Kullback-Leibler divergence, in nats, from bfloat16 to the format over the tokens of answers to
+64 questions about FrameForge clips of the split `test`, which calibration does not see; `same` is the share of these
+tokens that stay the likeliest, if they were. `weights` is what quantised weights alone change, `run` what the format's
 kernels change too, which round activations to int8 on processors that have them. Scores are of `keye eval frameforge`
 with its defaults, the same questions for every format, one process each, one thread. `int4-data` weighs errors by what
 64 clips of the training split show (`--data-aware frameforge`).
@@ -47,7 +47,9 @@ FORMATS: dict[str, tuple[str, int | None, str | None]] = {
     "int4-32": ("int4", 32, None), "int4-128": ("int4", 128, None), "int4-data": ("int4", 64, "frameforge"),
     "fp8": ("fp8", None, None),
 }  # fmt: skip
-CLIPS = 16
+CLIPS = 64
+#: The token that ends a turn.
+IM_END = 1752
 
 
 def main() -> None:
@@ -100,7 +102,7 @@ def compare(names: Sequence[str], scratch: Path) -> dict[str, dict[str, float]]:
     """How far the next-token probabilities of each format are from those of bfloat16."""
     plain = keye.load("nano")
     prompts = list(test_prompts(plain))
-    exact = [probabilities(plain.model, prompt) for prompt in prompts]
+    exact = [probabilities(plain.model, *prompt) for prompt in prompts]
     results = {}
     for name in names:
         model = keye.load(scratch / name).model
@@ -108,8 +110,8 @@ def compare(names: Sequence[str], scratch: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def test_prompts(model: keye.Keye) -> Iterator[Prompt]:
-    """Clips of the split `test`, each with a question and its answer."""
+def test_prompts(model: keye.Keye) -> Iterator[tuple[Prompt, int]]:
+    """Clips of the split `test`, each with a question and its answer, and the tokens before the answer."""
     rng = random.Random(0)
     for _ in range(CLIPS):
         clip = frameforge.make_clip(
@@ -118,19 +120,19 @@ def test_prompts(model: keye.Keye) -> Iterator[Prompt]:
         (question,) = frameforge.questions(clip, rng, 1)
         medium = Medium("video", keye.Frames(frameforge.render(clip), clip.timestamps))
         messages = [Message("user", (medium, question.text)), Message("assistant", (question.answer,))]
-        yield model.runtime.prompts.build(messages)
+        yield model.runtime.prompts.build(messages), model.runtime.prompts.build(messages[:1]).length
 
 
-def probabilities(model: KeyeModel, prompt: Prompt) -> torch.Tensor:
-    """Log-probabilities after each token behind the clip, float32 [tokens, vocabulary]."""
+def probabilities(model: KeyeModel, prompt: Prompt, before: int) -> torch.Tensor:
+    """Log-probabilities of each token of the answer, float32 [tokens, vocabulary]."""
     vision, text = prompt.vision(), model.config.text
     assert vision is not None
     with torch.inference_mode():
         x = model.embed(prompt.token_ids, model.encode_vision(*vision))
         step = CachedStep([Span(0, x.shape[0], KVCache(text.num_hidden_layers))], text)
         hidden = model(x, prompt.position_ids, step)
-        last = int(prompt.is_visual.nonzero().max())
-        return model.logits(hidden[last + 1 :]).log_softmax(-1)
+        end = before + prompt.token_ids[before:].tolist().index(IM_END) + 1  # the next turn begins behind it
+        return model.logits(hidden[before - 1 : end - 1]).log_softmax(-1)
 
 
 def plain_copy(quantised: KeyeModel) -> KeyeModel:
@@ -146,10 +148,12 @@ def plain_copy(quantised: KeyeModel) -> KeyeModel:
     return model
 
 
-def distance(model: KeyeModel, prompts: Sequence[Prompt], exact: Sequence[torch.Tensor]) -> dict[str, float]:
+def distance(
+    model: KeyeModel, prompts: Sequence[tuple[Prompt, int]], exact: Sequence[torch.Tensor]
+) -> dict[str, float]:
     divergences, same = [], []
     for prompt, expected in zip(prompts, exact, strict=True):
-        other = probabilities(model, prompt)
+        other = probabilities(model, *prompt)
         divergences.append((expected.exp() * (expected - other)).sum(-1))
         same.append(expected.argmax(-1) == other.argmax(-1))
     return {"divergence": round(float(torch.cat(divergences).mean()), 5),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,23 @@ def test_inputs_that_count_more_are_kept_better(
     assert others["experts"].weighted_error is None
     assert rows["experts"].weighted_error < 0.93 * others["experts"].error < 0.93 * rows["experts"].error
     assert json.loads((tmp_path / "out" / REPORT_FILE).read_text())["calibration"] == "forty tokens" and calls == [1]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(source: Path, tmp_path: Path) -> None:
+    """As a user meets it: SIGKILL in the middle, the same command again."""
+    program = (
+        "import sys, os, signal; from pathlib import Path; from keye.models import quantize as m\n"
+        "from keye.config import load_model_config; from keye.quant.policy import make_policy\n"
+        "m.SHARD_BYTES, m.BATCH_BYTES = 20_000, 1\n"
+        "source, out, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == 'kill'\n"
+        "def step(done, total):\n"
+        "    if kill and done > total / 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "m.quantize_checkpoint(source, load_model_config(source), out, make_policy('int4'), on_progress=step)\n"
+    )
+    for out, kill, code in (("out", "kill", -9), ("out", "", 0), ("straight", "", 0)):
+        command = [sys.executable, "-c", program, str(source), str(tmp_path / out), kill]
+        assert subprocess.run(command, check=False).returncode == code
+        assert (tmp_path / out).exists() == (code == 0)
+    for file in (tmp_path / "straight").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
