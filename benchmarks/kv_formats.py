@@ -2,11 +2,15 @@
 
     python benchmarks/kv_formats.py --json                      # bytes a token, errors of attention: seconds
     python benchmarks/kv_formats.py --json --questions 2000     # and keye-nano's scores: minutes for each format
+    python benchmarks/kv_formats.py --json --questions 2000 --formats auto indexer-int8
 
 Bytes are of all layers of one token, for keys and values alone and with indexer keys (in the model's own format).
 `attention_error` is the norm of the difference of attention outputs, over the norm of the outputs, when keye-nano's own
 activations on a FrameForge clip (float32) are read back from a store of that format instead of float32; the mean over
-layers and queries. Selection is the indexer's in both. Scores are of `keye eval frameforge` with its defaults, the same
+layers and queries. Selection is the indexer's in both. `indexer_overlap` is the share of the keys that the indexer
+selects by exact scores which it also selects when its keys, and the queries that meet them, are rounded to that format:
+the mean over layers and over queries with more than k keys. `indexer-int8` asks with indexer keys of that format alone,
+keys and values as in `auto`. Scores are of `keye eval frameforge` with its defaults, the same
 questions for every format, one process each, one thread.
 """
 
@@ -32,15 +36,18 @@ from keye.chat.messages import Medium, Message
 from keye.config import TextConfig, load_model_config
 from keye.hub import asset
 from keye.models.attention import CachedStep, IndexerOutput, Span, cache_rows
+from keye.ops.kv_blocks import RowFormat, RowKind
+from keye.ops.reference import round_queries, select_topk
 
 FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
+INDEXER_INT8 = "indexer-int8"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object; this is the only form")
     parser.add_argument("--questions", type=int, default=0, help="also ask keye-nano so many questions in each format")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["auto", "int8", "int4"],
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS, INDEXER_INT8], default=["auto", "int8", "int4"],
                         help="formats that are asked (default: auto int8 int4)")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="formats that are asked at the same time")
     options = parser.parse_args()
@@ -50,7 +57,7 @@ def main() -> None:
         "bytes_per_token": {
             name: bytes_of(load_model_config(folder).text, torch.bfloat16) for name, folder in geometries.items()
         },
-        "attention_error": attention_errors(),
+        **activations(),
     }
     if options.questions:
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
@@ -82,6 +89,7 @@ class _Compared(CachedStep):
         super().__init__([span], config)
         self.others = others
         self.errors: dict[KVFormat, list[float]] = {kv: [] for kv in others}
+        self.overlaps: dict[RowKind, list[float]] = {"bfloat16": [], "fp8": [], "int8": []}
         self._config = config
 
     def attend(
@@ -93,11 +101,27 @@ class _Compared(CachedStep):
             got = step.attend(layer, q, k, v, index)
             error = (got - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
             self.errors[kv].append(float(error.mean()))
+        assert index is not None
+        for kind, shares in self.overlaps.items():
+            shares.append(overlap(index, kind, self.topk))
         return exact
 
 
-def attention_errors() -> dict[str, float]:
-    """Relative errors of attention outputs on keye-nano's activations, by format."""
+def overlap(index: IndexerOutput, kind: RowKind, topk: int) -> float:
+    """Share of the keys that queries with more than `topk` of them select by exact scores and also by rounded ones."""
+    form = RowFormat(kind, 1, index.k.shape[-1])
+    keys = form.decode(form.encode(index.k.unsqueeze(1)), torch.float32)[:, 0]
+    queries = round_queries(index.q) if kind == "int8" else index.q
+    sets = [
+        torch.cat([positions for _, positions in select_topk(q, index.gate, tiles, 0, topk)])[topk:]
+        for q, tiles in ((index.q, lambda start, stop: index.k[start:stop]),
+                         (queries, lambda start, stop: keys[start:stop]))
+    ]  # fmt: skip
+    return float((sets[0].unsqueeze(2) == sets[1].unsqueeze(1)).any(2).float().mean())
+
+
+def activations() -> dict[str, dict[str, float]]:
+    """Relative errors of attention outputs, and overlaps of sets, on keye-nano's activations, by format."""
     from keye.data.frameforge import make_clip, questions, render
     from keye.engine.prompt import PromptBuilder
 
@@ -116,15 +140,20 @@ def attention_errors() -> dict[str, float]:
         x = model.model.embed(prompt.token_ids, model.model.encode_vision(*vision))
         step = _Compared(Span(0, x.shape[0], KVCache(text.num_hidden_layers)), text, others)
         model.model(x, prompt.position_ids, step)
-    return {kv: round(sum(errors) / len(errors), 5) for kv, errors in step.errors.items()}
+    means = {"attention_error": step.errors, "indexer_overlap": step.overlaps}
+    return {
+        name: {kv: round(sum(values) / len(values), 5) for kv, values in by_format.items()}
+        for name, by_format in means.items()
+    }
 
 
-def score(kv: KVFormat, count: int) -> dict[str, Any]:
+def score(kv: str, count: int) -> dict[str, Any]:
     """keye-nano's scores in one format."""
     from keye.evals.tasks.frameforge import EvalOptions, evaluate
 
     torch.set_num_threads(1)
-    result = evaluate(keye.load("nano").runtime, EvalOptions(questions=count, kv=kv))
+    formats: dict[str, Any] = {"indexer_kv": "int8"} if kv == INDEXER_INT8 else {"kv": kv}
+    result = evaluate(keye.load("nano").runtime, EvalOptions(questions=count, **formats))
     print(f"{kv}: accuracy {result['accuracy']}, mIoU {result['miou']}", file=sys.stderr, flush=True)
     remaining = ("questions", "accuracy", "accuracy_error", "miou", "miou_error", "seconds")
     return {name: result[name] for name in remaining}

@@ -63,9 +63,10 @@ class EvalOptions:
     """What is asked and how the model runs. KeyeError names a field out of range.
 
     `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
-    say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored. `mp4` writes each
-    clip to a video file and reads it back. `max_tokens` is the longest reply. `scene` is what the clips are like:
-    "clip", or "window" and "close", which show what a search in films looks at, over textures and in any aspect ratio.
+    say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored and `indexer_kv` how
+    the indexer's keys are. `mp4` writes each clip to a video file and reads it back. `max_tokens` is the longest reply.
+    `scene` is what the clips are like: "clip", or "window" and "close", which show what a search in films looks at, over
+    textures and in any aspect ratio.
     """
 
     split: str = "test"
@@ -76,6 +77,7 @@ class EvalOptions:
     mode: AttentionMode = "sparse"
     select: Selection = "indexer"
     kv: KVFormat = "auto"
+    indexer_kv: KVFormat = "auto"
     mp4: bool = False
     max_tokens: int = 96
     scene: Literal["clip", "window", "close"] = "clip"
@@ -99,6 +101,7 @@ class EvalOptions:
         if self.mp4 and self.scene != "clip":
             raise KeyeError(f"scene is {self.scene!r}, but only clips go through video files; leave mp4 out")
         check_kv_format(self.kv)
+        check_kv_format(self.indexer_kv)
         if self.max_tokens < 1:
             raise KeyeError(f"max_tokens is {self.max_tokens}; a reply needs at least 1")
 
@@ -229,7 +232,7 @@ class _Examiner:
     """Asks the questions about one clip after another and keeps count of tokens and time."""
 
     def __init__(self, runtime: Runtime, options: EvalOptions) -> None:
-        kv = KVOptions(options.kv)
+        kv = KVOptions(options.kv, options.indexer_kv)
         self.runtime = Runtime.create(runtime.name, runtime.model, runtime.tokenizer, runtime.processor, kv=kv)
         self.engine, self.options, self.config = Engine(self.runtime), options, runtime.config
         end = runtime.tokenizer.token_id("<|im_end|>")

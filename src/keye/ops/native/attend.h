@@ -16,7 +16,9 @@ namespace keye {
 
 constexpr int TILE_ROWS = 512;      // rows of a union that are brought together at a time: they fit the second cache
 constexpr int AHEAD = 32;           // rows by which one is asked for before it is used
-constexpr int ALONE_KEYS = 256;     // rows of all groups that a query alone takes at once, asking for as many more
+constexpr int ALONE_KEYS = 128;     // rows of all groups that a query alone takes at once where they are,
+constexpr int DECODED_KEYS = 16;    // and where they are decoded first
+constexpr int ALONE_AHEAD = 64;     // rows by which it asks for one
 constexpr int BATCH_KEYS = 128;     // rows that a kernel is handed at once: a multiple of LANES
 constexpr int PAD_TO = 32;          // operands have a multiple of this many dimensions
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -36,11 +38,12 @@ struct AttendScratch {
     Buffer<int> cursor;
 };
 
-// Logits of HEADS heads against `count` rows: out[h * stride + i] = scale * q[h] . rows[i]. `rows` has valid pointers up
-// to a multiple of LANES, and as many entries of `out` are written.
+// Logits of HEADS heads against `count` rows: out[h * stride + i] = scale * q[h] . rows[i], the numbers of a row being
+// `skip` behind its pointer. `rows` has valid pointers up to a multiple of LANES, and as many entries of `out` are
+// written.
 template <class P, int HEADS>
-inline void dot_rows(const typename P::Elem *q, int dim, const typename P::Elem *const *rows, int count, V scale,
-                     float *out, int64_t stride) {
+inline void dot_rows(const typename P::Elem *q, int dim, const typename P::Elem *const *rows, int64_t skip, int count,
+                     V scale, float *out, int64_t stride) {
     constexpr int KEYS = LANES / HEADS, STEP = LANES * P::PAIR;
     for (int i = 0; i < count; i += KEYS) {
         V sum[LANES];
@@ -49,7 +52,7 @@ inline void dot_rows(const typename P::Elem *q, int dim, const typename P::Elem 
             V x[HEADS];
             for (int h = 0; h < HEADS; h++) x[h] = vload((const float *)(q + h * dim + d));
             for (int k = 0; k < KEYS; k++) {
-                V y = vload((const float *)(rows[i + k] + d));
+                V y = vload((const float *)(rows[i + k] + skip + d));
                 for (int h = 0; h < HEADS; h++) sum[h * KEYS + k] = P::madd(sum[h * KEYS + k], x[h], y);
             }
         }
@@ -58,25 +61,25 @@ inline void dot_rows(const typename P::Elem *q, int dim, const typename P::Elem 
 }
 
 template <class P>
-inline void dot_heads(const typename P::Elem *q, int heads, int dim, const typename P::Elem *const *rows, int count,
-                      V scale, float *out, int64_t stride) {
+inline void dot_heads(const typename P::Elem *q, int heads, int dim, const typename P::Elem *const *rows, int64_t skip,
+                      int count, V scale, float *out, int64_t stride) {
     int h = 0;
-    for (; h + 4 <= heads; h += 4) dot_rows<P, 4>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
-    for (; h + 2 <= heads; h += 2) dot_rows<P, 2>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
-    for (; h < heads; h++) dot_rows<P, 1>(q + h * dim, dim, rows, count, scale, out + h * stride, stride);
+    for (; h + 4 <= heads; h += 4) dot_rows<P, 4>(q + h * dim, dim, rows, skip, count, scale, out + h * stride, stride);
+    for (; h + 2 <= heads; h += 2) dot_rows<P, 2>(q + h * dim, dim, rows, skip, count, scale, out + h * stride, stride);
+    for (; h < heads; h++) dot_rows<P, 1>(q + h * dim, dim, rows, skip, count, scale, out + h * stride, stride);
 }
 
 // out[h] += sum over steps of weight[h, step] * values[step]; a step is P::PAIR rows and one unit of weights.
 template <class P, int HEADS>
-inline void add_values(const float *weights, int64_t stride, const typename P::Elem *const *rows, int steps, int dim,
-                       float *out) {
+inline void add_values(const float *weights, int64_t stride, const typename P::Elem *const *rows, int64_t skip, int steps,
+                       int dim, float *out) {
     for (int d = 0; d < dim; d += 2 * LANES) {
         V sum[HEADS][2];
         for (int h = 0; h < HEADS; h++)
             for (int c = 0; c < 2; c++) sum[h][c] = vload(out + h * dim + d + c * LANES);
         for (int s = 0; s < steps; s++) {
             V x, y;
-            P::expand(rows + s * P::PAIR, d, &x, &y);
+            P::expand(rows + s * P::PAIR, skip + d, &x, &y);
             for (int h = 0; h < HEADS; h++) {
                 V w = vset1(weights[h * stride + s]);
                 sum[h][0] = P::madd(sum[h][0], w, x);
@@ -90,15 +93,15 @@ inline void add_values(const float *weights, int64_t stride, const typename P::E
 
 template <class P>
 inline void add_values_heads(const float *weights, int64_t stride, int heads, const typename P::Elem *const *rows,
-                             int steps, int dim, float *out) {
+                             int64_t skip, int steps, int dim, float *out) {
     int h = 0;
     for (; h + VALUE_HEADS <= heads; h += VALUE_HEADS)
-        add_values<P, VALUE_HEADS>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+        add_values<P, VALUE_HEADS>(weights + h * stride, stride, rows, skip, steps, dim, out + h * dim);
     if constexpr (VALUE_HEADS > 4)
         for (; h + 4 <= heads; h += 4)
-            add_values<P, 4>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
-    for (; h + 2 <= heads; h += 2) add_values<P, 2>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
-    for (; h < heads; h++) add_values<P, 1>(weights + h * stride, stride, rows, steps, dim, out + h * dim);
+            add_values<P, 4>(weights + h * stride, stride, rows, skip, steps, dim, out + h * dim);
+    for (; h + 2 <= heads; h += 2) add_values<P, 2>(weights + h * stride, stride, rows, skip, steps, dim, out + h * dim);
+    for (; h < heads; h++) add_values<P, 1>(weights + h * stride, stride, rows, skip, steps, dim, out + h * dim);
 }
 
 // Turns logits (base 2) into weights of the product's type in place, followed by zeros where a tile of 32 keys may still
@@ -318,7 +321,7 @@ template <class P> class GroupProducts {
                 return;
             }
 #endif
-        dot_heads<P>(queries_ + i * block, heads, dim, rows, to - from, scale_, to_logits, stride);
+        dot_heads<P>(queries_ + i * block, heads, dim, rows, 0, to - from, scale_, to_logits, stride);
     }
 
     // Adds the weighted values of entries from .. to.
@@ -336,7 +339,7 @@ template <class P> class GroupProducts {
                 return;
             }
 #endif
-        add_values_heads<P>(weights, stride, heads, rows, steps, dim, sums(i));
+        add_values_heads<P>(weights, stride, heads, rows, 0, steps, dim, sums(i));
     }
 
     float *logits(int i, int head) { return logits_ + ((int64_t)i * heads + head) * stride; }
@@ -357,38 +360,52 @@ template <class P> class GroupProducts {
 #endif
 };
 
-// Hands all rows of one query's set, ALONE_KEYS at once, to `use(from, count, rows)`: addresses of whole rows, followed
-// by those of LANES more that may be read.
-template <class Use> inline void walk_alone(const KeyeRows &rows, const int32_t *set, int size, Use use) {
-    auto ask_for = [&](int k) {
-        const char *row = row_of(rows, set[std::min(k, size - 1)]);
-        for (int64_t byte = 0; byte < rows.row_bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
-    };
-    for (int k = 0; k < ALONE_KEYS; k++) ask_for(k);
-    for (int at = 0; at < size; at += ALONE_KEYS) {
-        const char *places[ALONE_KEYS + LANES];
-        const int count = std::min(ALONE_KEYS, size - at);
-        for (int k = 0; k < count; k++) places[k] = row_of(rows, set[at + k]);
-        for (int k = count; k < count + LANES; k++) places[k] = places[count - 1];
-        use(at, count, places, ask_for);
-    }
-}
+// The rows of one query's set, a few at once, for every group: where they are, or decoded.
+template <class P> class AloneRows {
+  public:
+    using Elem = typename P::Elem;
 
-// One head of a few rows as operands: where they are, or decoded.
-template <class P>
-inline void head_rows(const Source<P> &source, const char *const *places, int count, int head, typename P::Elem *copies,
-                      const typename P::Elem **heads) {
-    for (int k = 0; k < count; k++) {
-        const char *from = places[k] + (int64_t)head * source.rows.head_bytes;
-        if (source.in_place) {
-            heads[k] = (const typename P::Elem *)from;
-        } else {
-            source.decode_from(from, copies + (int64_t)k * source.padded);
-            heads[k] = copies + (int64_t)k * source.padded;
+    AloneRows(const Source<P> &source, const int32_t *set, int size, Elem *copies)
+        : source_(source), set_(set), size_(size), copies_(copies) {}
+
+    // Calls use(group, from, count, rows, skip) for all groups and parts of the set; `rows` are followed by those of LANES
+    // more that may be read. Pointers are written once for all groups: reading them at once would wait for the writing.
+    template <class Use> void walk(int first_group, int last_group, Use use) const {
+        const Elem *rows[ALONE_KEYS + LANES];
+        const int groups = last_group - first_group;
+        const int64_t head = source_.rows.head_bytes;
+        const int most = source_.in_place ? ALONE_KEYS : DECODED_KEYS;
+        for (int k = 0; k < most + LANES; k++) rows[k] = copies_ + (int64_t)std::min(k, most - 1) * source_.padded;
+        for (int k = 0; k < ALONE_AHEAD; k++) ask_for(k, first_group, groups);
+        for (int at = 0; at < size_; at += most) {
+            const int count = std::min(most, size_ - at);
+            if (source_.in_place)
+                for (int k = 0; k < count + LANES; k++) rows[k] = source_.place(set_[at + std::min(k, count - 1)], 0);
+            for (int g = 0; g < groups; g++) {
+                for (int k = count * g / groups; k < count * (g + 1) / groups; k++)
+                    ask_for(at + k + ALONE_AHEAD, first_group, groups);
+                if (!source_.in_place)
+                    for (int k = 0; k < count; k++)
+                        source_.decode(set_[at + k], first_group + g, copies_ + (int64_t)k * source_.padded);
+                use(g, at, count, rows, source_.in_place ? (first_group + g) * head / (int64_t)sizeof(Elem) : 0);
+            }
         }
     }
-    for (int k = count; k < count + LANES; k++) heads[k] = heads[count - 1];
-}
+
+  private:
+    // Asks for what the groups need of a row ahead of its use.
+    void ask_for(int k, int first_group, int groups) const {
+        if (k >= size_) return;
+        const char *row = (const char *)source_.place(set_[k], first_group);
+        for (int64_t byte = 0; byte < (int64_t)groups * source_.rows.head_bytes; byte += 64)
+            _mm_prefetch(row + byte, _MM_HINT_T0);
+    }
+
+    const Source<P> &source_;
+    const int32_t *set_;
+    int size_;
+    Elem *copies_;
+};
 
 // Attention of one query for groups first_group .. last_group, each row read once for all of them. The arithmetic is that
 // of a block's queries.
@@ -401,37 +418,24 @@ void attend_alone(const KeyeStep &step, const KeyeStretch &stretch, int64_t toke
     const int all = (last_group - first_group) * heads;
     const int64_t stride = round_up(std::max(size, 1), LANES) + 2 * LANES;
     Elem *q = (Elem *)scratch.queries.get((int64_t)all * dim * (int64_t)sizeof(Elem) / 2);
-    Elem *copies = (Elem *)scratch.gathered.get((int64_t)ALONE_KEYS * dim * (int64_t)sizeof(Elem) / 2);
+    Elem *copies = (Elem *)scratch.gathered.get((int64_t)DECODED_KEYS * dim * (int64_t)sizeof(Elem) / 2);
     float *logits = scratch.logits.get((int64_t)all * stride), *sums = scratch.out.get((int64_t)all * dim);
     float *totals = scratch.totals.get(all);
     const V scale = vset1(LOG2_E / std::sqrt((float)step.dim));
     load_queries<P>(step, token, first, all, stretch.k.kind == KEYE_INT4, dim, q);
     std::fill(sums, sums + (int64_t)all * dim, 0.0f);
-    const Elem *rows[ALONE_KEYS + LANES];
-    walk_alone(stretch.k, set, size, [&](int at, int count, const char *const *places, auto ask_for) {
-        for (int g = first_group; g < last_group; g++) {
-            for (int k = count * (g - first_group) / (last_group - first_group);
-                 k < count * (g - first_group + 1) / (last_group - first_group); k++)
-                ask_for(at + k + ALONE_KEYS);
-            head_rows<P>(keys, places, count, g, copies, rows);
-            const int64_t h = (int64_t)(g - first_group) * heads;
-            dot_heads<P>(q + h * dim, heads, dim, rows, count, scale, logits + h * stride + at, stride);
-        }
-    });
+    AloneRows<P>(keys, set, size, copies)
+        .walk(first_group, last_group, [&](int g, int at, int count, const Elem *const *rows, int64_t skip) {
+            const int64_t h = (int64_t)g * heads;
+            dot_heads<P>(q + h * dim, heads, dim, rows, skip, count, scale, logits + h * stride + at, stride);
+        });
     for (int h = 0; h < all; h++) totals[h] = size ? softmax_row<P>(logits + h * stride, size) : 0;
-    alignas(64) static const Elem zeros[MAX_DIM] = {};
-    walk_alone(stretch.v, set, size, [&](int at, int count, const char *const *places, auto ask_for) {
-        const int steps = (count + P::PAIR - 1) / P::PAIR;
-        for (int g = first_group; g < last_group; g++) {
-            for (int k = count * (g - first_group) / (last_group - first_group);
-                 k < count * (g - first_group + 1) / (last_group - first_group); k++)
-                ask_for(at + k + ALONE_KEYS);
-            head_rows<P>(values, places, count, g, copies, rows);
-            rows[count] = zeros;  // a last odd key is paired with nothing
-            const int64_t h = (int64_t)(g - first_group) * heads;
-            add_values_heads<P>(logits + h * stride + at / P::PAIR, stride, heads, rows, steps, dim, sums + h * dim);
-        }
-    });
+    AloneRows<P>(values, set, size, copies)
+        .walk(first_group, last_group, [&](int g, int at, int count, const Elem *const *rows, int64_t skip) {
+            const int64_t h = (int64_t)g * heads;
+            const int steps = (count + P::PAIR - 1) / P::PAIR;  // a last odd key is paired with itself, of weight 0
+            add_values_heads<P>(logits + h * stride + at / P::PAIR, stride, heads, rows, skip, steps, dim, sums + h * dim);
+        });
     write_outputs<P>(step, token, first, all, stretch.v.kind == KEYE_INT4, dim, sums, totals);
 }
 

@@ -113,20 +113,24 @@ inline void score_panels(const QueryHeads &query, int heads, int units, const fl
     for (; j < heads; j++) heads_from(std::integral_constant<int, 1>(), j);
 }
 
+// Where the rows of LANES positions from `at` (a multiple of LANES) on are; those from `stop` on repeat the last one.
+inline void place_lanes(const KeyeRows &rows, int64_t at, int64_t stop, const char **lanes) {
+    const char *first = row_of(rows, at);
+    const int64_t last = stop - 1 - at;
+    for (int64_t i = 0; i < LANES; i++) lanes[i] = first + std::min(i, last) * rows.row_bytes;
+}
+
 // Packs the indexer keys of positions start .. stop into panels; lanes beyond `stop` repeat the last key.
 template <class P>
-inline void pack_indexer_keys(const Source<P> &source, int64_t start, int64_t stop, float *rows, float *panels) {
+inline void pack_indexer_keys(const Source<P> &source, int64_t start, int64_t stop, float *copies, float *panels) {
     const int units = source.padded / P::PAIR;
     for (int64_t at = start; at < stop; at += LANES) {
+        const char *places[LANES];
         const float *lanes[LANES];
+        place_lanes(source.rows, at, stop, places);
         for (int i = 0; i < LANES; i++) {
-            int64_t position = std::min(at + i, stop - 1);
-            if (source.in_place) {
-                lanes[i] = (const float *)source.place(position, 0);
-            } else {
-                source.decode(position, 0, (typename P::Elem *)(rows + i * units));
-                lanes[i] = rows + i * units;
-            }
+            lanes[i] = source.in_place ? (const float *)places[i] : copies + i * units;
+            if (!source.in_place) source.decode_from(places[i], (typename P::Elem *)(copies + i * units));
         }
         pack_panel(lanes, units, panels + (at - start) * units);
     }
@@ -136,15 +140,17 @@ inline void pack_indexer_keys(const Source<P> &source, int64_t start, int64_t st
 inline void pack_indexer_codes(const KeyeRows &rows, int units, int64_t start, int64_t stop, float *copies, float *panels,
                                float *scales) {
     for (int64_t at = start; at < stop; at += LANES) {
+        const char *places[LANES];
         const float *lanes[LANES];
+        place_lanes(rows, at, stop, places);
         for (int i = 0; i < LANES; i++) {
-            const char *row = row_of(rows, std::min(at + i, stop - 1));
-            uint16_t bits;
-            std::memcpy(&bits, row + rows.dim, 2);
-            scales[at - start + i] = from_bfloat(bits);
-            lanes[i] = (const float *)row;
+            uint32_t bits;  // the last two codes, and the scale as the upper half of a float
+            std::memcpy(&bits, places[i] + rows.dim - 2, 4);
+            bits &= 0xffff0000u;
+            std::memcpy(scales + (at - start) + i, &bits, 4);
+            lanes[i] = (const float *)places[i];
             if (rows.dim != units * 4) {  // never read beyond a row; what the copy has behind it meets zeros
-                std::memcpy(copies + i * units, row, (size_t)rows.dim);
+                std::memcpy(copies + i * units, places[i], (size_t)rows.dim);
                 lanes[i] = copies + i * units;
             }
         }
