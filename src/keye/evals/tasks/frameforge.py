@@ -65,7 +65,7 @@ class EvalOptions:
     `frames` are the fewest and the most frames of a clip, drawn evenly; `objects` the most objects. `mode` and `select`
     say how the decoder attends (see `keye.models.attention`), `kv` how keys and values are stored and `indexer_kv` how
     the indexer's keys are. `mp4` writes each clip to a video file and reads it back. `max_tokens` is the longest reply.
-    `scene` is what the clips are like: "clip", or "window" and "close", which show what a search in films looks at, over
+    `scene` is what clips are like: "clip", or "window" and "close", which show what a search in films looks at, over
     textures and in any aspect ratio.
     """
 
