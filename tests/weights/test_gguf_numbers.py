@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,11 @@ def test_integers_and_scales_are_kept(name: str, tmp_path: Path) -> None:
     quantised = source.quantized()
     assert quantised.format == source.format == FORMATS[name]
     assert torch.equal(quantised.dequantize(), source.read())
+    compact = replace(source, is_compact=True).quantized()
+    assert torch.equal(compact.codes, quantised.codes)
+    assert torch.equal(compact.scales, quantised.scales.half())
+    if not name.endswith("_K"):
+        assert torch.equal(compact.dequantize(), source.read())
     rows = source.part(5, 17)
     assert torch.equal(rows.quantized().dequantize(), source.read()[5:17])
     assert torch.equal(rows.part(1, 3).read(), source.read()[6:8])  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ ACTIVATION_GROUP: Final = 64
 #: The largest number of each kind; int4 goes down to -8.
 LARGEST: Final[dict[QuantKind, float]] = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 _CODES: Final = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
-_SCALES: Final = (torch.bfloat16, torch.float32)
+_SCALES: Final = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class QuantFormat:
     * `fp8`: codes float8 e4m3 [..., M, K]; code * scale.
 
     `group` inputs share a scale (None: the whole row; the last group may be short), and so do `rows` outputs. Scales
-    and minima are [..., ceil(M / rows), G] in `scale_dtype`, bfloat16 or, where a file format needs it, float32.
+    and minima are [..., ceil(M / rows), G] in `scale_dtype`, bfloat16 or, where a file needs it, float16 or float32.
     """
 
     kind: QuantKind
@@ -51,7 +51,7 @@ class QuantFormat:
         if (self.group is not None and self.group < 1) or self.rows < 1:
             raise KeyeError(f"a scale is shared by {self.group} inputs and {self.rows} outputs; give at least 1")
         if self.scale_dtype not in _SCALES:
-            raise KeyeError(f"scales are {self.scale_dtype}; they are bfloat16 or float32")
+            raise KeyeError(f"scales are {self.scale_dtype}; they are bfloat16, float16 or float32")
         assert not (self.kind == "fp8" and self.has_minimum)
 
     def __str__(self) -> str:
@@ -83,8 +83,8 @@ class QuantFormat:
             out["has_minimum"] = True
         if self.rows > 1:
             out["rows"] = self.rows
-        if self.scale_dtype == torch.float32:
-            out["scale_dtype"] = "float32"
+        if self.scale_dtype != torch.bfloat16:
+            out["scale_dtype"] = str(self.scale_dtype).removeprefix("torch.")
         return out
 
     @classmethod
@@ -97,10 +97,9 @@ class QuantFormat:
         has_minimum = value.get("has_minimum", False)
         if type(rows) is not int or not (group is None or type(group) is int) or type(has_minimum) is not bool:
             raise KeyeError(f"{value!r} is not a format of weights: group and rows are whole numbers")
-        if dtype not in ("bfloat16", "float32") or (has_minimum and value["kind"] == "fp8"):
+        if dtype not in ("bfloat16", "float16", "float32") or (has_minimum and value["kind"] == "fp8"):
             raise KeyeError(f"{value!r} is not a format of weights that keye reads")
-        scale_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-        return cls(value["kind"], group, has_minimum=has_minimum, rows=rows, scale_dtype=scale_dtype)
+        return cls(value["kind"], group, has_minimum=has_minimum, rows=rows, scale_dtype=getattr(torch, dtype))
 
 
 @dataclass

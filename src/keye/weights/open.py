@@ -31,7 +31,7 @@ def open_weights(path: Path, wanted: Callable[[str], bool] | None = None) -> Map
     if link is not None:
         from keye.weights.gguf.source import open_gguf
 
-        return open_gguf(*link, wanted)
+        return open_gguf(*link, wanted, compact=True)
     config = path / "config.json"
     raw = read_json(config) if config.exists() else {}
     if (affine := affine_format(raw)) is not None:

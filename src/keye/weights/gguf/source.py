@@ -36,11 +36,16 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """An official tensor out of the tensors of a file; see `Recipe`. `infos` belong to the recipe's parts."""
+    """An official tensor out of the tensors of a file; see `Recipe`. `infos` belong to the recipe's parts.
+
+    With `is_compact` scales are float16. Those of K-quants are products of a float16 number and a small integer, which
+    float32 holds exactly; in float16 they are still as fine as that number, and a weight takes a bit less.
+    """
 
     name: str
     recipe: Recipe
     infos: tuple[TensorInfo, ...]
+    is_compact: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,7 +74,8 @@ class GGUFTensor:
         kinds = {info.type.name for info in self.infos}
         if len(kinds) > 1 or len(self.shape) != 2 or any(part.is_transposed for part in self.recipe.parts):
             return None
-        return FORMATS.get(kinds.pop())
+        form = FORMATS.get(kinds.pop())
+        return replace(form, scale_dtype=torch.float16) if form is not None and self.is_compact else form
 
     def pieces(self, target: Tensor) -> Iterator[Callable[[], object]]:
         assert tuple(target.shape) == self.shape
@@ -82,8 +88,8 @@ class GGUFTensor:
                 yield functools.partial(_fill, place[run.index], info, run)
 
     def quantized(self) -> QuantTensor:
-        """The same numbers as integers with float32 scales. Extra memory: a piece. `WeightsError` for scales that are
-        not finite."""
+        """The same numbers as integers with scales. Extra memory: a piece. `WeightsError` for scales that are not
+        finite."""
         form = self.format
         assert form is not None
         result = QuantTensor.empty(form, self.recipe.layout)
@@ -97,16 +103,15 @@ class GGUFTensor:
                 with np.errstate(all="ignore"):
                     pairs = unpack_pairs(info.type, data)
                     numbers = pairs or unpack(info.type, data)
-                if not np.isfinite(numbers.scales).all():
-                    raise WeightsError(
-                        f"{info.file} has scales in {info.name} that are NaN or infinite; fetch it again"
-                    )
                 stored = torch.from_numpy(numbers.codes) if pairs else _as_stored(numbers, form)
                 codes[at] = stored.reshape(codes[at].shape)
                 scales[at] = torch.from_numpy(numbers.scales).reshape(scales[at].shape)
                 if minima is not None:
                     assert numbers.minima is not None
                     minima[at] = torch.from_numpy(-numbers.minima).reshape(minima[at].shape)
+        if not bool(result.scales.isfinite().all()):
+            where = f"{self.infos[0].file} has scales in {self.infos[0].name}"
+            raise WeightsError(f"{where} that are NaN or infinite; fetch it again")
         return result
 
     def part(self, begin: int, end: int) -> GGUFTensor | MemoryTensor:
@@ -120,7 +125,7 @@ class GGUFTensor:
                 parts.append(replace(part, rows=last - first, begin=part.begin + first - part.at, at=first - begin))
                 infos.append(info)
         shape = (end - begin, *self.shape[1:])
-        return GGUFTensor(self.name, Recipe(shape, shape, tuple(parts)), tuple(infos))
+        return replace(self, recipe=Recipe(shape, shape, tuple(parts)), infos=tuple(infos))
 
     def read(self) -> Tensor:
         """The whole tensor as float32."""
@@ -183,9 +188,10 @@ def _read(info: TensorInfo, run: _Run) -> np.ndarray:
 
 
 def open_gguf(
-    model: Path, mmproj: Path | None = None, wanted: Callable[[str], bool] | None = None
+    model: Path, mmproj: Path | None = None, wanted: Callable[[str], bool] | None = None, *, compact: bool = False
 ) -> dict[str, GGUFTensor]:
-    """The tensors of a language model and of its vision part under official names; only headers are read.
+    """The tensors of a language model and of its vision part under official names, `compact` or not; only headers
+    are read.
 
     `GGUFError` for files that are not what they should be, and one that names tensors whose place is not known.
     """
@@ -198,7 +204,9 @@ def open_gguf(
         check_vision(vision)
         shapes = {t.name: t.shape for t in vision.tensors.values()}
         tensors |= _tensors(vision, read_vision_recipes(shapes, str(mmproj)))
-    return {name: tensor for name, tensor in tensors.items() if wanted is None or wanted(name)}
+    return {
+        name: replace(tensor, is_compact=compact) for name, tensor in tensors.items() if wanted is None or wanted(name)
+    }
 
 
 def _tensors(file: GGUF, recipes: Mapping[str, Recipe]) -> dict[str, GGUFTensor]:
