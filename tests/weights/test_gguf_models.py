@@ -21,7 +21,8 @@ from keye.config import load_model_config, model_config_from_dict, read_json
 from keye.errors import KeyeError
 from keye.hub import asset, resolve
 from keye.models.keye import KeyeModel
-from keye.models.load import load_model, load_tensors, save_model
+from keye.models.load import load_model, load_tensors, loaded_bytes, save_model
+from keye.models.quant_fill import quantized_weights
 from keye.server.settings import Settings
 from keye.weights.gguf.metadata import text_metadata
 from keye.weights.gguf.names import Sizes, read_vision_recipes
@@ -301,6 +302,10 @@ def test_quantised_bits_are_kept_unless_another_dtype_is_asked_for(nano_files: t
     assert model.name == "model"
     weight = model.model.get_submodule("model.layers.0.mlp.experts.gate_up_proj")
     assert str(weight.format) == "int8 per 32"  # type: ignore[attr-defined]
+    weights = quantized_weights(model.model).values()
+    size = sum(parameter.nbytes for parameter in model.model.parameters())
+    size += sum(weight.tensor.nbytes for weight in weights)
+    assert loaded_bytes(resolve(nano_files[0]), model.config, torch.bfloat16) == size
     plain_model = keye.load(nano_files[0], dtype="float32")
     up = plain_model.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
     assert torch.equal(weight.tensor.dequantize().transpose(1, 2), up)  # type: ignore[attr-defined]

@@ -112,6 +112,18 @@ def check_fit(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> LoadRe
     return plan_model(tensors, config, strict=True)[2]
 
 
+def loaded_bytes(folder: Path, config: KeyeConfig, dtype: torch.dtype) -> int | None:
+    """Bytes that the weights of a folder will take in memory, quantised ones in their formats and others in `dtype`;
+    None where there are no weights. Headers are read, no numbers; errors as in `load_model`."""
+    try:
+        tensors = open_weights(folder)
+    except WeightsError:
+        return None
+    model, _, _ = plan_model(tensors, config, strict=True)
+    plain = sum(tensor.numel() * dtype.itemsize for tensor in plain_state(model).values())
+    return plain + sum(weight.format.nbytes(weight.shape) for weight in quantized_weights(model).values())
+
+
 def check_not_quantised(tensors: Mapping[str, TensorSource], config: KeyeConfig) -> None:
     """`WeightsError` for weights that keye has quantised, and for ones of 4 bits. Others may be all that there is:
     float8 with a scale for each block, as in the official files of 671B, or a GGUF file in Q8_0."""

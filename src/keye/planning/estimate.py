@@ -53,8 +53,10 @@ class Estimate:
         return {**asdict(self), "total_bytes": self.total}
 
 
-def memory_of(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, kv: KVFormat) -> dict[str, int]:
-    """Bytes by part while the request runs."""
+def memory_of(
+    config: KeyeConfig, request: CostQuery, dtype: torch.dtype, kv: KVFormat, weights: int | None = None
+) -> dict[str, int]:
+    """Bytes by part while the request runs; `weights` are those of the weights where they are not all in `dtype`."""
     layout = KVLayout.of(cache_rows(config.text), dtype, kv)
     tokens = request.prompt + request.reply
     parts = outline(dict(config.raw))
@@ -62,7 +64,7 @@ def memory_of(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, kv: KV
     visual_tokens = patches // config.vision.spatial_merge_size**2
     encoding = encoding_bytes(config.vision, dtype.itemsize, patches)
     return {
-        "weights": read_parameters(parts.shapes) * dtype.itemsize,
+        "weights": read_parameters(parts.shapes) * dtype.itemsize if weights is None else weights,
         "kv": KVStore(layout).slabs_for(tokens) * KVStore(layout).slab_bytes,
         "vision": encoding + visual_tokens * config.text.hidden_size * dtype.itemsize,
         "scratch": prompt_scratch(config.text, request.prompt, dtype.itemsize),
@@ -92,9 +94,9 @@ def measure_rates(
 
 def estimate(
     config: KeyeConfig, request: CostQuery, rates: Rates | None, *, dtype: torch.dtype, device: str,
-    kv: KVFormat = "auto",
+    kv: KVFormat = "auto", weights: int | None = None,
 ) -> Estimate:  # fmt: skip
-    """The prediction; without rates that of memory alone."""
+    """The prediction; without rates that of memory alone. `weights` as in `memory_of`."""
     seconds: dict[str, float] = {}
     rate = None
     if request.media_seconds is not None:
@@ -108,7 +110,7 @@ def estimate(
         seconds["generate"] = step * max(0, request.reply - 1)
         rate = 1 / step
     rounded = {name: round(value, 4) for name, value in seconds.items()}
-    memory = memory_of(config, request, dtype, kv)
+    memory = memory_of(config, request, dtype, kv, weights)
     context = request.prompt + request.reply
     return Estimate(device, kv, context, memory, rounded, None if rate is None else round(rate, 2))
 
@@ -120,15 +122,17 @@ def prefill_seconds(rates: LayerRates, tokens: int) -> float:
     return total + rates.at(full * rates.tokens) * rest / rates.tokens
 
 
-def what_fits(config: KeyeConfig, request: CostQuery, dtype: torch.dtype, free: int) -> str | None:
+def what_fits(
+    config: KeyeConfig, request: CostQuery, dtype: torch.dtype, free: int, weights: int | None = None
+) -> str | None:
     """A sentence on how the request could be made to fit into `free` bytes; None where it does."""
-    if sum(memory_of(config, request, dtype, "auto").values()) <= free:
+    if sum(memory_of(config, request, dtype, "auto", weights).values()) <= free:
         return None
-    if sum(memory_of(config, request, dtype, "int8").values()) <= free:
+    if sum(memory_of(config, request, dtype, "int8", weights).values()) <= free:
         return "it fits with --kv int8"
-    if sum(memory_of(config, request, dtype, "int4").values()) <= free:
+    if sum(memory_of(config, request, dtype, "int4", weights).values()) <= free:
         return "it fits with --kv int4"
-    parts = memory_of(config, request, dtype, "int4")
+    parts = memory_of(config, request, dtype, "int4", weights)
     fixed = parts["weights"] + parts["scratch"]
     if fixed > free:
         return f"weights and scratch alone take {format_bytes(fixed)}"

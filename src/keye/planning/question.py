@@ -114,7 +114,7 @@ def predict(
     """Memory and time of one question about the planned media, as plain data; what cannot be had is in `notes`."""
     import torch
 
-    from keye.models.load import torch_dtype
+    from keye.models.load import loaded_bytes, torch_dtype
     from keye.planning.estimate import estimate, measure_rates, what_fits
 
     check_device(options["device"])
@@ -126,15 +126,16 @@ def predict(
         torch.set_num_threads(options["threads"])
     request = request_of(model, config, folder, planned, options["max_tokens"])
     memory = memory_on(str(device))
+    weights = None if options["dtype"] else loaded_bytes(folder, model, dtype)
     rates = None
     try:
         free = None if memory is None else memory.free
         rates = measure_rates(model, request.grid, dtype=dtype, device=device, kv=kv, mode=mode, free=free)
     except KeyeError as error:
         notes.append(f"{error}; time is not predicted")
-    prediction = estimate(model, request, rates, dtype=dtype, device=str(device), kv=kv)
+    prediction = estimate(model, request, rates, dtype=dtype, device=str(device), kv=kv, weights=weights)
     fits = None if memory is None else prediction.total <= memory.free
-    advice = None if memory is None or fits else what_fits(model, request, dtype, memory.free)
+    advice = None if memory is None or fits else what_fits(model, request, dtype, memory.free, weights)
     if prediction.context > model.text.max_position_embeddings:
         notes.append(f"the context holds {model.text.max_position_embeddings:,} tokens: sample fewer or smaller frames")
     return {
