@@ -27,6 +27,7 @@ from keye.ops.quantized import QuantFormat
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
 from tests.support.adapters import LAYERS, add_products, random_pairs, rslora, write_adapter
 from tests.support.engine import about, add, clip, greedy, run, run_all, step, tokens_of
+from tests.support.latent import latent_folder
 from tests.support.tiny import tiny_folder, tiny_model
 
 TEXTS = ([3, 5, 7, 11, 13], list(range(20, 60)))
@@ -433,3 +434,17 @@ def test_indexes_and_live_sessions_are_computed_with_one_adapter(tmp_path: Path)
     answer = live.ask("what?", max_tokens=3)
     assert answer.usage.completion_tokens > 0
     assert live.request("what?").adapter is model.runtime.adapters.get("mine")
+
+
+def test_adapters_load_onto_the_decoder_of_671b(tmp_path: Path) -> None:
+    """Onto every layer that is called: latents, shared experts, routers of groups."""
+    folder = latent_folder(tmp_path / "model")
+    model, other = (keye.load(folder, dtype="float32") for _ in range(2))
+    called = [name for name, layer in model.model.model.layers.named_modules() if hasattr(layer, "in_features")]
+    tensors = random_pairs(model.model, tuple(f"model.layers.{name}" for name in called))
+    path = write_adapter(tmp_path / "adapter", tensors)
+    base = scores(model)
+    model.load_adapter(path, "mine")
+    merge(other.model, other.engine.load_adapter(path, "mine"))
+    compare(scores(model, "mine"), scores(other))
+    assert differ(scores(model, "mine"), base)

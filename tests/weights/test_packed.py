@@ -17,6 +17,7 @@ from keye import KeyeError
 from keye.config import load_model_config
 from keye.models.load import load_model
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantLinear
+from keye.weights.mlx import official_name
 from keye.weights.open import open_weights
 from keye.weights.safetensors import open_checkpoint
 from keye.weights.source import TensorSource, WeightsError, copy_all
@@ -152,6 +153,26 @@ def test_affine_codes_of_mlx(bits: int, group: int, dtype: torch.dtype, tmp_path
     assert set(sources) == {"model.x.weight", "mlp_AR.linear_1.bias"}
     expected = values.float() * group_spread(scales, group, 128).float() + group_spread(biases, group, 128).float()
     check(sources["model.x.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("language_model.model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("model.language_model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("language_model.lm_head.weight", "lm_head.weight"),
+        ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("vision_tower.layers.2.mlp.fc1.bias", "visual.vision_model.encoder.layers.2.mlp.fc1.bias"),
+        ("vision_model.encoder.layers.2.mlp.fc1.bias", "visual.vision_model.encoder.layers.2.mlp.fc1.bias"),
+        ("visual.post_layernorm.weight", "visual.vision_model.post_layernorm.weight"),
+        ("visual.vision_model.embeddings.position_embedding.weight",
+         "visual.vision_model.embeddings.position_embedding.weight"),
+        ("multi_modal_projector.linear_2.weight", "mlp_AR.linear_2.weight"),
+        ("mlp_AR.pre_norm.weight", "mlp_AR.pre_norm.weight"),
+    ],
+)  # fmt: skip
+def test_names_of_mlx(theirs: str, ours: str) -> None:
+    assert official_name(theirs) == ours
 
 
 # ---------------------------------------------------------------------------------------------------- whole models
