@@ -73,8 +73,6 @@ def plan(
     from keye.config.media import media_options
     from keye.media.plan import make_plan
     from keye.media.source.fetch import is_index
-    from keye.models.outline import outline
-    from keye.planning.cards import cards_sentence, cards_to_dict, count_cards
     from keye.planning.question import Planned, imagine_video, plan_media, predict
 
     machine = machine_of(gpu, ram, mac, bandwidth)
@@ -98,8 +96,12 @@ def plan(
         planned.append(Planned("video", None, make_plan(imagine_video(imagined), config, settings)))
     planned += plan_media(media, config)
     result = summary(planned, context, model)
-    if cards := count_cards(outline(model_config.raw)):
-        result |= {"cards_of_80_gb": cards_to_dict(cards), "needs": cards_sentence(cards)}
+    if model_config.text.latent is not None:  # the release that no single GPU holds; counting imports torch
+        from keye.models.outline import outline
+        from keye.planning.cards import cards_sentence, cards_to_dict, count_cards
+
+        cards = count_cards(outline(model_config.raw))
+        result |= {"cards_of_80_gb": cards_to_dict(cards), "needs": cards_sentence(cards)} if cards else {}
     if machine is not None:
         result["placement"] = placement(model, folder, machine, weights, context_tokens or result["visual_tokens"])
     if arguments["device"] is not None:
