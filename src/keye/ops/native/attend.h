@@ -229,8 +229,7 @@ template <class P> class RowWalk {
     // Asks for a row ahead of its use: most rows are on memory pages of their own, and finding those takes longer than
     // computing with them.
     void ask_for(int32_t position, int head) const {
-        const char *row = (const char *)source_.place(position, head);
-        for (int byte = 0; byte < source_.rows.head_bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
+        prefetch((const char *)source_.place(position, head), source_.rows.head_bytes);
     }
 
     template <class Row, class Use> void batches(int from, int to, Row row, int query, Use use) const {
@@ -395,10 +394,8 @@ template <class P> class AloneRows {
   private:
     // Asks for what the groups need of a row ahead of its use.
     void ask_for(int k, int first_group, int groups) const {
-        if (k >= size_) return;
-        const char *row = (const char *)source_.place(set_[k], first_group);
-        for (int64_t byte = 0; byte < (int64_t)groups * source_.rows.head_bytes; byte += 64)
-            _mm_prefetch(row + byte, _MM_HINT_T0);
+        if (k < size_)
+            prefetch((const char *)source_.place(set_[k], first_group), (int64_t)groups * source_.rows.head_bytes);
     }
 
     const Source<P> &source_;
