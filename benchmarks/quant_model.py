@@ -4,7 +4,9 @@
 
 Weights are random codes, each layer has its own, in the formats of the policy that `keye quantize --to` uses;
 `--weights bfloat16` measures plain ones beside. Prefill goes through the engine's chunks and asks the head about the
-last token; decode times are medians. `decode_48_ms` adds up a model of 48 such layers. Prints one JSON object.
+last token; decode times are medians. `decode_48_ms` adds up a model of 48 such layers, `decode_gb_per_second` are bytes
+of weights over the time of a token, and `bandwidth_share` that over what the run reads memory with. Prints one JSON
+object.
 """
 
 from __future__ import annotations
@@ -98,6 +100,17 @@ def step_of(form: QuantFormat) -> float:
     return 1 / 4.6 if form.kind == "int4" else 1 / 74
 
 
+def read_bytes(network: Network, text: TextConfig) -> int:
+    """Bytes of weights that one token reads: of the experts only the chosen ones."""
+    sizes = {name: p.nbytes for name, p in network.named_parameters() if "embed_tokens" not in name}
+    for name, weight in network.named_modules():
+        if isinstance(weight, QuantizedWeight):
+            sizes[name] = weight.packed.nbytes if weight.packed is not None else weight.tensor.nbytes
+    return sum(
+        n * text.num_experts_per_tok // text.num_experts if "experts" in name else n for name, n in sizes.items()
+    )
+
+
 def prefill(network: Network, text: TextConfig, cache: KVCache, length: int) -> float:
     """CPU seconds of a prompt."""
     x = torch.randn(length, text.hidden_size).to(DTYPE)
@@ -124,8 +137,10 @@ def decode(network: Network, text: TextConfig, cache: KVCache, length: int, coun
     return seconds
 
 
-def measure(network: Network, text: TextConfig, length: int, options: argparse.Namespace) -> dict[str, float]:
-    """The best of some prompts, and the median token."""
+def measure(
+    network: Network, text: TextConfig, length: int, rate: float, options: argparse.Namespace
+) -> dict[str, float]:
+    """The best of some prompts, and the median token; `rate` is the bandwidth of the run."""
     store = KVStore(KVLayout.of(cache_rows(text), DTYPE, options.kv))
     seconds = []
     for _ in range(options.repeats):
@@ -137,8 +152,10 @@ def measure(network: Network, text: TextConfig, length: int, options: argparse.N
     times = decode(network, text, cache, length, options.steps)[2:]
     cache.free()
     layers, head = (sorted(part)[len(times) // 2] for part in zip(*times, strict=True))
+    read = read_bytes(network, text) / (layers + head)
     return {
         "prefill_tokens_per_second": round(length / min(seconds), 1),
+        "decode_gb_per_second": round(read / 1e9, 1), "bandwidth_share": round(read / rate, 2),
         "decode_ms": round((layers + head) * 1e3, 2), "layer_ms": round(layers / text.num_hidden_layers * 1e3, 3),
         "head_ms": round(head * 1e3, 2), "decode_48_ms": round((48 * layers / text.num_hidden_layers + head) * 1e3, 1),
     }  # fmt: skip
@@ -162,9 +179,10 @@ def main() -> None:
         network = build(text, options.weights, options.head)
         result: dict[str, Any] = {"benchmark": "quant_model", "weights": options.weights, "head": options.head}
         result |= {"layers": options.layers, "threads": options.threads, "machine": machine()}
-        result |= {"read_gb_per_second": round(bandwidth() / 1e9, 1), "lengths": {}}
+        rate = bandwidth()
+        result |= {"read_gb_per_second": round(rate / 1e9, 1), "lengths": {}}
         for length in options.lengths:
-            result["lengths"][length] = measure(network, text, length, options)
+            result["lengths"][length] = measure(network, text, length, rate, options)
     print(json.dumps({**result, "peak_gib": round(peak_gib(), 2)}))
 
 
