@@ -25,6 +25,7 @@ FIELDS = (
 YARN = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 16, "beta_fast": 16, "beta_slow": 1}
 
 
+@pytest.mark.slow  # it imports transformers; the recorded cases of tests/golden hold the same decoder
 @pytest.mark.parametrize(
     "changes",
     [

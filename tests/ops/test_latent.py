@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,6 +44,7 @@ def naive(query: LatentQuery, c: Tensor, k: Tensor, first: int) -> Tensor:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25)
 @given(
     queries=st.integers(1, 30), first=st.integers(0, 50), budget=st.sampled_from([1, 20_000, 96 << 20]),
     block=st.sampled_from([1, 7, 1024]), size=st.sampled_from([0.1, 1.0, 20.0]),
@@ -67,7 +68,7 @@ def test_forms_keep_the_dtype(form: Form) -> None:
     torch.testing.assert_close(got.double(), naive(query, c, k, 31), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(("queries", "length"), [(1, 6000), (40, 6000), (300, 6000), (1500, 1500)])
+@pytest.mark.parametrize(("queries", "length"), [(1, 2500), (40, 2500), (300, 2500), (700, 700)])
 @pytest.mark.parametrize("form", FORMS)
 def test_scratch_does_not_grow_with_the_context(
     form: Form, queries: int, length: int, monkeypatch: pytest.MonkeyPatch
@@ -114,13 +115,3 @@ def test_yarn_leaves_fast_frequencies_and_divides_slow_ones() -> None:
     assert torch.equal(got[turns > 40], plain[turns > 40])
     torch.testing.assert_close(got[turns < 0.9], plain[turns < 0.9] / 40)
     assert ((got <= plain * 1.00001) & (got >= plain / 40.001)).all() and (got.diff() < 0).all()
-
-
-def test_yarn_is_that_of_transformers() -> None:
-    rope = pytest.importorskip("transformers.modeling_rope_utils")
-    config = pytest.importorskip("transformers").DeepseekV3Config(
-        rope_scaling={"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
-                      "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}, rope_theta=10000.0,
-    )  # fmt: skip
-    want, scale = rope.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    assert torch.equal(yarn_frequencies(64, 10000.0, 40, 4096, 32, 1), want) and scale == 1.0
