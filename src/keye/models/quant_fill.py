@@ -24,6 +24,8 @@ from keye.weights.source import TensorSource, WeightsError
 
 #: Bytes of a floating-point tensor that are read and quantised at once.
 PIECE_BYTES: Final = 16 * 2**20
+#: The same of one whose codes are taken over: buffers of this size stay in the processor's caches.
+CODES_BYTES: Final = 2 * 2**20
 #: The format of weights whose pieces a file has in several: experts of which each has its own.
 _MIXED: Final = QuantFormat("int8", 32)
 
@@ -207,7 +209,8 @@ class _Quantise:
         elif source.format == to.format and to.format.rows > 1:
             yield lambda: to.copy_(source.quantized())
         else:
-            step = max(1, PIECE_BYTES // (4 * to.shape[1]) // to.format.rows) * to.format.rows
+            piece = CODES_BYTES if source.format == to.format else PIECE_BYTES
+            step = max(1, piece // (4 * to.shape[1]) // to.format.rows) * to.format.rows
             for begin in range(0, to.shape[0], step):
                 end = min(begin + step, to.shape[0])
                 view = to[begin:end] if to.format.rows == 1 else to

@@ -21,7 +21,7 @@ from keye.weights.gguf.reader import GGUF, GGUFError, TensorInfo, read_gguf
 from keye.weights.source import MemoryTensor, WeightsError
 
 #: Bytes of a file that are turned into numbers at once; the numbers take up to 30 times as much.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 18
 #: Formats that keep the codes and scales of a type as they are: kind, inputs that share a scale, whether it has minima.
 _FORMATS = {
     "Q4_0": ("int4", 32, False), "Q4_1": ("int4", 32, True), "Q5_0": ("int8", 32, False), "Q5_1": ("int8", 32, True),
