@@ -41,7 +41,7 @@ from benchmarks.dsa_memory import MIB, resident_growth
 from keye.ops.backend import Kernel, Stretch
 from keye.ops.cpu import build as cpu_build
 from keye.ops.cpu.backend import CpuBackend, Timers
-from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
+from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
 
 HEADS, GROUPS, DIM, INDEXER_HEADS, INDEXER_DIM, TOPK = 32, 4, 128, 16, 64, 2048
 CHUNK = 1024
@@ -58,13 +58,19 @@ KERNELS: tuple[Kernel, ...] = ("union", "masked")
 class Layer:
     """One layer's store of `length` tokens, KV blocks filled at random, and queries for any part of it."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, indexer: RowKind = "bfloat16") -> None:
         self.length = length
         self.generator = torch.Generator().manual_seed(0)
         self.memory: list[Tensor] = []
         indexer_k = self.walk(length, 1, INDEXER_DIM, KEY_RHO)
         self.blocks = {"k": self.store(GROUPS, DIM), "v": self.store(GROUPS, DIM),
                        "indexer_k": self.store(1, INDEXER_DIM, indexer_k)}  # fmt: skip
+        if indexer != "bfloat16":
+            form, addresses = RowFormat(indexer, 1, INDEXER_DIM), self.blocks["indexer_k"].addresses
+            assert addresses is not None
+            self.memory.append(form.encode(self.memory[2]))
+            starts = self.memory[-1].data_ptr() + torch.arange(len(addresses)) * form.block_bytes
+            self.blocks["indexer_k"] = BlockRows(form, starts)
 
     def store(self, heads: int, dim: int, x: Tensor | None = None) -> BlockRows:
         form, blocks = RowFormat("bfloat16", heads, dim), -(-self.length // KV_BLOCK)
@@ -280,6 +286,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=32768, help="tokens of the context")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--block", type=int, default=256, help="queries of a block where not all are run")
+    parser.add_argument("--indexer", choices=["bfloat16", "int8"], default="bfloat16",
+                        help="how indexer keys are stored")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON; this is the only form there is")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -293,14 +301,14 @@ def main() -> None:
     if arguments.child:
         print(scratch(backend, arguments.length))
         return
-    layer = Layer(arguments.length)
+    layer = Layer(arguments.length, arguments.indexer)
     union = union16(backend, layer)
     prompt, method = prefill(backend, layer, arguments.block)
     token = decode(backend, layer)
     rates = kernels(backend, layer, arguments.block)
     result: dict[str, Any] = {
         "benchmark": "attention", "length": arguments.length, "threads": arguments.threads, "method": method,
-        "variant": status.variant,
+        "variant": status.variant, "indexer": arguments.indexer,
         "machine": f"{_processor()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
         "union16": round(union),
         "prefill_ratio": round(prompt["sparse"] / prompt["torch_dense"], 4),
