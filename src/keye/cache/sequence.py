@@ -20,6 +20,7 @@ from keye.cache.slabs import Block, KVLayout, KVStore, Slab, memory_slabs
 from keye.errors import KeyeError
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat
 from keye.ops.mapped import fetch_rows
+from keye.ops.registry import encode_rows
 
 if TYPE_CHECKING:
     from keye.cache.checksums import BlockCheck
@@ -90,7 +91,7 @@ class KVCache:
             self.store = KVStore(KVLayout.like(len(self._lengths), rows), make_slab=memory_slabs(device))
         formats = self.store.layout.rows
         self.append_encoded(
-            layer, {name: form.encode(rows[name].detach()) for name, form in formats.items() if name in rows}
+            layer, {name: encode_rows(form, rows[name].detach()) for name, form in formats.items() if name in rows}
         )
 
     def append_encoded(self, layer: int, rows: Mapping[str, Tensor]) -> None:

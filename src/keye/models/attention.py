@@ -325,7 +325,7 @@ class CachedStep:
             for span in self.spans:
                 span.cache.append(layer, {name: part[span.start : span.stop] for name, part in rows.items()})
             return
-        encoded = {name: form.encode(rows[name]) for name, form in formats.items() if name in rows}
+        encoded = {name: registry.encode_rows(form, rows[name]) for name, form in formats.items() if name in rows}
         for span in self.spans:
             span.cache.append_encoded(layer, {name: part[span.start : span.stop] for name, part in encoded.items()})
 

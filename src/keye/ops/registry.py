@@ -26,6 +26,7 @@ from keye.ops.cpu import elementwise as cpu_elementwise
 from keye.ops.cpu import gemv
 from keye.ops.cpu import quantized as packed
 from keye.ops.elementwise import PLAIN, Elementwise
+from keye.ops.kv_blocks import RowFormat
 from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 
 #: Fewest rows for products of float8 with float8, and the compute capability of cards whose kernel scales rows.
@@ -122,6 +123,13 @@ def find_grouped_matmul(x: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor,
     from keye.ops.triton.experts import grouped_matmul
 
     return grouped_matmul
+
+
+def encode_rows(form: RowFormat, x: Tensor) -> Tensor:
+    """`form.encode(x)`, by the compiled core where it has been built: vectors [N, G, D] -> uint8 [N, row_bytes]."""
+    encode = getattr(backends.of(x.device), "encode", None)
+    encoded: Tensor | None = None if encode is None or form.plain else encode(form, x)
+    return form.encode(x) if encoded is None else encoded
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

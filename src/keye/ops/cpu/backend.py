@@ -69,6 +69,10 @@ class Timers(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_double) for name in ("score", "select", "attend", "dense"))
 
 
+class _Encode(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("x", "out", "vectors", "dim", "head_bytes", "dtype", "kind"))
+
+
 class CpuBackend:
     """`keye.ops.backend.Backend` by one library; `masked_up_to` is the crossover of `kernel="auto"` over k."""
 
@@ -121,6 +125,23 @@ class CpuBackend:
             sets = positions.to(torch.int32).contiguous()
             part = _part(stretch, offset, positions.shape[0])
             self._call("keye_attend", q, None, None, [part], sets.shape[1], out, sets=sets, kernel=kernel)
+
+    def encode(self, form: RowFormat, x: Tensor) -> Tensor | None:
+        """`form.encode(x)` of codes, up to near ties of int4 scales; None where the library is not there or does not
+        take them. Nothing is built."""
+        library = self._loaded(0)
+        if library is None or form.kind not in ("int8", "int4") or form.dim % 32 or form.dim > _MAX_DIM:
+            return None
+        if x.device.type != "cpu" or x.dtype not in _DTYPES:
+            return None
+        x = x.contiguous()
+        out = torch.empty(x.shape[0], form.row_bytes, dtype=torch.uint8)
+        call = _Encode(
+            x.data_ptr(), out.data_ptr(), x.shape[0] * form.heads, form.dim, form.head_bytes, _DTYPES[x.dtype],
+            _KINDS[form.kind],
+        )  # fmt: skip
+        library.keye_encode_rows(ctypes.byref(call))
+        return out
 
     def timers(self) -> Timers:
         """Seconds of each phase since the last call; for benchmarks."""
@@ -213,6 +234,7 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("keye_linear", "keye_mix_experts", "keye_norm"):
         getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
     quantized.declare(core)
+    core.keye_encode_rows.argtypes, core.keye_encode_rows.restype = (ctypes.c_void_p,), None
     core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None
     return core
 

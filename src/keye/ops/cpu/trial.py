@@ -144,6 +144,18 @@ def check_norms(backend: CpuBackend) -> None:
             _compare(ours, wanted.float(), "add_rms_norm")
 
 
+def check_encoding(backend: CpuBackend) -> None:
+    """Rows of codes must have the errors of the definition's."""
+    x = torch.randn(50, 2, 64, generator=torch.Generator().manual_seed(2))
+    kinds: tuple[RowKind, ...] = ("int8", "int4")
+    for kind in kinds:
+        form = RowFormat(kind, 2, 64)
+        rows = backend.encode(form, x)
+        assert rows is not None
+        errors = [float((form.decode(some, torch.float32) - x).square().sum()) for some in (rows, form.encode(x))]
+        assert abs(errors[0] / errors[1] - 1) < 1e-4, f"{kind} rows have the squared errors {errors}"
+
+
 def _compare(ours: Tensor, wanted: Tensor, what: str) -> None:
     difference = float((ours.float() - wanted).abs().max() / wanted.abs().max())
     assert difference <= TOLERANCE[torch.bfloat16], f"{what} differs from the reference by {difference:.2g}"
@@ -160,6 +172,7 @@ def main(path: str) -> None:
             check(backend, dtype, kind)
         check(backend, dtype, None, indexer_kind="int8")
     check_few_rows(backend)
+    check_encoding(backend)
     check_norms(backend)
     library = backend.library()
     assert library is not None

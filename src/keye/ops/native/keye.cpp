@@ -1,5 +1,6 @@
 // Entry points: cuts a step into blocks of queries and runs them on a few threads.
 #include "dense.h"
+#include "encode.h"
 #include "gemv.h"
 #include "norms.h"
 #include "scales.h"
@@ -249,6 +250,8 @@ extern "C" {
 int keye_norm(const KeyeNorm *call) {
     return guarded([&] { return norm_rows(*call); });
 }
+
+void keye_encode_rows(const KeyeEncode *call) { encode_rows(*call); }
 
 int keye_linear(const KeyeLinear *call) {
     return guarded([&] { return linear(*call, scratch_of_thread().gemv); });

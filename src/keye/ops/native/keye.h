@@ -116,6 +116,15 @@ struct KeyeQuantExperts {
     int32_t top_k, dtype, threads;
 };
 
+// x of `dtype` [vectors, dim] as int8 or int4 codes, each vector in head_bytes of `out`; dim is a multiple of 32.
+struct KeyeEncode {
+    const void *x;
+    void *out;
+    int64_t vectors, dim, head_bytes, dtype, kind;
+};
+
+void keye_encode_rows(const KeyeEncode *call);
+
 // All return 0, or 1 when memory ran out.
 int keye_norm(const KeyeNorm *call);
 int keye_linear(const KeyeLinear *call);
