@@ -311,7 +311,8 @@ def _with_merged_intervals(stream: AnswerStream) -> Generator[str | Answer]:
 
 
 def load(
-    name_or_path: str | Path = "nano", *, device: str = "cpu", dtype: str | None = None, quant: QuantKind | None = None,
+    name_or_path: str | Path = "nano", *, device: str = "cpu", dtype: str | None = None,
+    quant: QuantKind | Literal["none"] | None = None,
     attention: AttentionMode = "sparse", kv: KVFormat = "auto", indexer_kv: KVFormat = "auto", kv_tier: Tier = "memory",
     kv_folder: str | Path | None = None, memory: str | int | None = None, template: str | Path = "auto",
     revision: str | None = None, progress: Callable[[int, int], None] | None = None, decoder: Decoder | None = None,
@@ -325,12 +326,14 @@ def load(
     all files while a model is fetched from there.
 
     `device` is a torch device name; `dtype` bfloat16, float16 or float32 (default: the checkpoint's own). `quant` int4,
-    int8 or fp8 quantises the weights while they are read (`keye.quant.policy.make_policy` says which part how), with
-    2 GiB beyond the result at most; without it, and without `dtype`, a quantised checkpoint keeps its bits. `template`
-    is "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the model's
-    generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is executed;
-    its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used, what they
-    lack, and whose formats are used.
+    int8 or fp8 quantises the weights while they are read (`keye.quant.policy.make_policy` says which part how), with 2
+    GiB beyond the result at most; "none" makes plain numbers of weights that a GGUF file or another tool quantised.
+    Without it, and without `dtype`, a quantised checkpoint keeps its bits.
+
+    `template` is "auto" for the chat template in the checkpoint's files where it brings one, and else keye's own of the
+    model's generation; "keye" or "checkpoint" for one of the two, or a template file. Nothing in the checkpoint is
+    executed; its template is rendered in a sandbox. `notes` of the result tell what the files hold that is not used,
+    what they lack, and whose formats are used.
 
     `kv` and `indexer_kv` are the number formats of stored keys and values and of indexer keys: auto (that of the
     weights), bf16, fp8, int8 or int4. `kv_tier` says where keys and values lie: in the "memory" of the device, in

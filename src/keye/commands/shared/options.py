@@ -106,8 +106,9 @@ running_device: Callable[[F], F] = combine(
     click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."),
     click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
                  help="Number format of the weights.  [default: the checkpoint's]"),
-    click.option("--quant", type=click.Choice(["int4", "int8", "fp8"]),
-                 help="Quantise the weights while they are loaded.  [default: as the checkpoint has them]"),
+    click.option("--quant", type=click.Choice(["int4", "int8", "fp8", "none"]),
+                 help="Quantise the weights while they are loaded, or make plain numbers of a GGUF file's.  "
+                      "[default: as the checkpoint has them]"),
     click.option("--threads", type=COUNT, metavar="N", help="Processor threads for the model."),
 )  # fmt: skip
 adapter = click.option("--adapter", metavar="[NAME=]DIR", help="LoRA adapter to answer with, a folder that PEFT wrote.")

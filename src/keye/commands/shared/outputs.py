@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 #: Formats of pictures by the suffix of the file name.
 PICTURE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 #: Small files that describe the weights themselves.
-_OF_WEIGHTS = ("config.json", "model.safetensors.index.json", "quantization.json", "gguf.json")
+_OF_WEIGHTS = ("config.json", "model.safetensors.index.json", "quantization.json")
 #: The EXIF tag that names the program that wrote a picture.
 _SOFTWARE = 0x0131
 
