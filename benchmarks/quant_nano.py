@@ -39,7 +39,8 @@ from keye.hub import resolve
 from keye.models.attention import CachedStep, Span
 from keye.models.keye import KeyeModel
 from keye.models.quantize import quantize_checkpoint
-from keye.quant.policy import Policy, make_policy
+from keye.quant.policy import Policy, make_policy, quantised_part
+from keye.quant.search import quantize
 
 #: Format, group, and prompts that errors are weighed by.
 FORMATS: dict[str, tuple[str, int | None, str | None]] = {
@@ -60,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="keye-quant-") as scratch:
-        result = {name: {"bytes": write(name, Path(scratch))} for name in options.formats}
+        result: dict[str, dict[str, Any]] = {name: {"bytes": write(name, Path(scratch))} for name in options.formats}
         for name, distances in compare([n for n in options.formats if n != "bf16"], Path(scratch)).items():
             result[name] |= distances
         if options.questions:
@@ -69,6 +70,8 @@ def main() -> None:
                 scores = pool.map(score, options.formats, places, [options.questions] * len(places))
                 for name, figures in zip(options.formats, scores, strict=True):
                     result[name] |= figures
+        if "int4-data" in options.formats:
+            result["int4-data"]["errors_by_data"] = errors_by_data()
     print(json.dumps(result, indent=2))
 
 
@@ -96,6 +99,30 @@ def importance() -> dict[str, torch.Tensor]:
     from keye.evals.calibration import frameforge_prompts, measure_importance
 
     return measure_importance(keye.load("nano"), frameforge_prompts())
+
+
+def errors_by_data() -> dict[str, dict[str, float]]:
+    """Error of matrices in int4 per 64 where each input counts by its mean square, by part: without and with it in the
+    search of scales."""
+    counts, model = importance(), keye.load("nano", dtype="float32").model
+    sums: dict[str, list[float]] = {}
+    for name, weight in model.state_dict().items():
+        part, form = quantised_part(name), policy("int4", 64).format_of(name)
+        if name not in counts or part is None or form is None or form.kind != "int4":
+            continue
+        numbers = weight.transpose(1, 2) if weight.dim() == 3 else weight
+        by_input = counts[name].unsqueeze(1) if weight.dim() == 3 else counts[name]
+        squares = sums.setdefault(part, [0.0, 0.0, 0.0])
+        squares[0] += float((numbers.square() * by_input).sum())
+        for place, importances in ((1, None), (2, counts[name])):
+            parts = [(numbers, importances)] if weight.dim() == 2 else [
+                (numbers[e], None if importances is None else importances[e]) for e in range(len(numbers))
+            ]  # fmt: skip
+            codes = [quantize(matrix, form, own).dequantize() for matrix, own in parts]
+            error = torch.stack(codes).view_as(numbers) - numbers
+            squares[place] += float((error.square() * by_input).sum())
+    return {part: {"plain": round((plain / total) ** 0.5, 4), "by_data": round((data / total) ** 0.5, 4)}
+            for part, (total, plain, data) in sums.items()}  # fmt: skip
 
 
 def compare(names: Sequence[str], scratch: Path) -> dict[str, dict[str, float]]:
