@@ -160,7 +160,7 @@ def test_bad_sources_leave_no_result(source: Path, tmp_path: Path) -> None:
     save_file(good, source / WEIGHTS_FILE)
     with open(source / WEIGHTS_FILE, "r+b") as file:
         file.truncate((source / WEIGHTS_FILE).stat().st_size - 1000)
-    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+    with pytest.raises(WeightsError, match=r"model\.safetensors .*it is cut short"):
         run(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

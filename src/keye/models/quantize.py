@@ -30,8 +30,6 @@ from keye.ops.quantized import QuantTensor
 from keye.quant.policy import Policy, quantised_part
 from keye.quant.search import Loss
 from keye.units import format_bytes
-from keye.weights.float8 import Float8Tensor
-from keye.weights.gguf.source import GGUFTensor
 from keye.weights.names import per_expert_modules
 from keye.weights.open import open_weights
 from keye.weights.safetensors import WEIGHTS_FILE, ShardWriter, group_names, write_index
@@ -146,7 +144,6 @@ def quantize_checkpoint(
     check_new_folder(out, overwrite=overwrite)
     tensors = open_weights(folder)
     check_not_quantised(tensors, config)
-    check_complete(tensors)
     model, fills, loading = plan_model(tensors, config, strict=True, policy=policy)
     units = _units(model.to(torch_dtype(config.dtype)), fills, tensors)
     work = _Work(folder, out, tensors, units, per_expert_modules(tensors))
@@ -176,21 +173,6 @@ def check_new_folder(out: Path, *, overwrite: bool = False) -> None:
         raise KeyeError(f"{out} exists and is not an earlier result of keye quantize: name another folder")
     if not overwrite:
         raise KeyeError("{} exists: name another folder, or give {}", out, Option("overwrite"))
-
-
-def check_complete(tensors: Mapping[str, TensorSource]) -> None:
-    """`WeightsError` for files that end before what their headers declare, before any work is done."""
-    ends: dict[str, int] = {}
-    for source in tensors.values():
-        if isinstance(source, GGUFTensor):
-            continue  # the header was compared with the file's size
-        parts = (source.codes, source.scales) if isinstance(source, Float8Tensor) else (source,)
-        for part in parts:
-            file, start = part.place
-            ends[file] = max(ends.get(file, 0), start + part.nbytes)
-    for file, end in ends.items():
-        if file and os.path.isfile(file) and os.path.getsize(file) < end:
-            raise WeightsError(f"{file} is cut short; fetch it again")
 
 
 def _units(model: torch.nn.Module, fills: Sequence[Fill], tensors: Mapping[str, TensorSource]) -> list[_Unit]:

@@ -167,7 +167,8 @@ def _read_header(file: Path) -> list[StoredTensor]:
             size = int.from_bytes(raw.read(8), "little")
             header = json.loads(raw.read(size))
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} cannot be read as safetensors: {error}") from None
+        short = "; it is cut short: fetch it again" if "not fully covered" in str(error) else ""
+        raise WeightsError(f"{file} cannot be read as safetensors: {error}{short}") from None
     header.pop("__metadata__", None)
     return [
         StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, 8 + size + begin, end - begin)
