@@ -241,6 +241,9 @@ void score_range(const KeyeStep &step, const KeyeStretch &stretch, int64_t begin
                     keep_best(c, topk, ordered);
                     clock.add(&Phases::select);
                 }
+                if (i == 0)  // asks for a part of the next tile, while the memory has nothing else to do
+                    for (int64_t p = 0; p < SCORE_PANELS && at + SCORE_TILE + p * LANES < to; p++)
+                        prefetch(row_of(rows, at + SCORE_TILE + p * LANES), LANES * rows.row_bytes);
                 V s[SCORE_PANELS];
                 score_panels<P>(query, heads, units, panels + (at - tile) * units, s);
                 for (int p = 0; p < SCORE_PANELS; p++) {
