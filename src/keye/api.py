@@ -25,6 +25,7 @@ from keye.config import (
     load_processor_config,
 )  # fmt: skip
 from keye.config.environment import cache_folder
+from keye.engine.adapters import check_name
 from keye.engine.engine import Engine
 from keye.engine.media import as_medium
 from keye.engine.prompt import PromptCost
@@ -362,7 +363,8 @@ def load(
         raise KeyeError("experts_folder is where experts on disk lie; set experts to disk as well")
     on_disk = Path(experts_folder or cache_folder() / "experts") if experts == "disk" else None
     name = str(name_or_path)
-    for path in (adapters or {}).values():  # before minutes are spent on loading the model
+    for own, path in (adapters or {}).items():  # before minutes are spent on loading the model
+        check_name(own)
         LoraConfig.from_file(Path(path).expanduser() / ADAPTER_CONFIG)
     if adapter is not None and adapter not in (adapters or {}):
         raise KeyeError(f"adapter is {adapter!r}, which is none of the names in adapters")

@@ -55,5 +55,28 @@ def test_names_of_the_command_line(tmp_path: Path) -> None:
     }  # fmt: skip
     assert adapter_settings(("a=x", "b=/y")) == {"adapters": {"a": str(here / "x"), "b": "/y"}}
     assert adapter_settings(None) == adapter_settings(()) == {}
+    assert adapter_settings("x=runs/lr=1e-4")["adapters"] == {"x": str(here / "runs/lr=1e-4")}
+    (tmp_path / "lr=1e-4").mkdir()
+    assert adapter_settings(str(tmp_path / "lr=1e-4")) == {
+        "adapters": {"lr=1e-4": str(tmp_path / "lr=1e-4")}, "adapter": "lr=1e-4",
+    }  # fmt: skip
+    assert adapter_settings(".")["adapter"] == here.name
     with pytest.raises(KeyeError, match="twice"):
         adapter_settings(("a=x", "a=y"))
+
+
+def test_settings_that_change_nothing_are_rejected(run: Callable, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"question": "hi"}\n')
+    words = ["batch", tmp_path / "questions.jsonl", "-o", tmp_path / "out.jsonl", "--server", "http://127.0.0.1:1"]
+    rejected = run(*words, "--adapter", tmp_path)
+    assert rejected.code == 2 and "name the adapter that the server has with --model" in rejected.err
+    rejected = run("serve", "--adapter-folder", tmp_path / "missing", "--port", 0)
+    assert rejected.code == 2 and "missing is not a folder" in rejected.err
+
+
+def test_a_name_that_none_can_have_is_rejected_before_loading(
+    run: Callable, own_model: Path, video: Path, tmp_path: Path
+) -> None:
+    (own_model / "model.safetensors").write_bytes(b"")
+    result = run("ask", video, "hello", "--model", own_model, "--adapter", f"two words={tmp_path}")
+    assert result.code == 2 and "'two words' is not a name for an adapter" in result.err

@@ -17,18 +17,21 @@ from torch import Tensor
 
 import keye
 from keye import Answer, Keye, KeyeError
+from keye.config import model_config_from_dict
 from keye.engine.request import Generating
 from keye.engine.sampling import SamplingParams
+from keye.models.adapter_files import read_adapter
 from keye.models.adapters import merge
 from keye.models.keye import KeyeModel
 from keye.models.load import replace_layers
 from keye.models.moe import Experts
 from keye.ops.quantized import QuantFormat
 from keye.quant.layers import QuantEmbedding, QuantExperts, QuantizedWeight, QuantLinear
+from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.adapters import LAYERS, add_products, random_pairs, rslora, write_adapter
 from tests.support.engine import about, add, clip, greedy, run, run_all, step, tokens_of
 from tests.support.latent import latent_folder
-from tests.support.tiny import tiny_folder, tiny_model
+from tests.support.tiny import tiny_folder, tiny_model, tiny_raw
 
 TEXTS = ([3, 5, 7, 11, 13], list(range(20, 60)))
 EXPERTS = "model.layers.0.mlp.experts"
@@ -73,7 +76,12 @@ def test_an_adapter_computes_what_merged_weights_compute(model: Keye, tmp_path: 
 def test_ranks_and_scales_follow_the_patterns(model: Keye, tmp_path: Path) -> None:
     q, v = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
     tensors = random_pairs(model.model, (q,), r=2) | random_pairs(model.model, (v,), r=3, seed=1)
-    fields = {"r": 3, "alpha": 6, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1.self_attn.v_proj$": 12}}
+    fields = {
+        "r": 3,
+        "alpha": 6,
+        "rank_pattern": {"q_proj": 2},
+        "alpha_pattern": {"^q_proj": 99, "^v_proj": 99, r"layers\.1.self_attn.v_proj$": 12},
+    }
     model.load_adapter(write_adapter(tmp_path, tensors, use_rslora=True, **fields), "mine")
     other = Keye(tiny_model())
     for name, scale in ((q, rslora(6, 2)), (v, rslora(12, 3))):
@@ -135,6 +143,17 @@ def test_an_adapter_merged_into_the_weights_computes_the_same(model: Keye, tmp_p
     other = copy.deepcopy(model.model)
     merge(other, adapter)
     compare(scores(model, "mine"), scores(Keye(tiny_model_of(other))))
+
+
+def test_a_weight_of_two_layers_takes_no_merged_adapter(tmp_path: Path) -> None:
+    """The product would change the other layer too."""
+    network = fresh_model(model_config_from_dict(tiny_raw() | {"tie_word_embeddings": True}), 0).eval()
+    path = write_adapter(tmp_path, random_pairs(network, ("lm_head",)))
+    adapter = read_adapter(path, "mine", network, dtype=torch.float32, device=torch.device("cpu"))
+    before = network.lm_head.weight.clone()
+    with pytest.raises(KeyeError, match="one weight in this model"):
+        merge(network, adapter)
+    assert torch.equal(network.lm_head.weight, before)
 
 
 def tiny_model_of(network: KeyeModel) -> Any:
@@ -297,6 +316,8 @@ Q = "model.layers.0.self_attn.q_proj"
         ({"r": 0}, "a rank is 1 to"),
         ({"r": 8}, r"need \[64, 8\] x \[8, 64\]: it was made for another model \(it names tiny\)"),
         ({"rank_pattern": {"(a+)+$": 4}}, "no expressions"),
+        ({"alpha_pattern": {r"layers.\d.self_attn.q_proj": 4}}, "no expressions"),
+        ({"use_rslora": "yes"}, "use_rslora 'yes'"),
         ({"lora_alpha": "big"}, "lora_alpha 'big'"),
     ],
 )  # fmt: skip
@@ -327,6 +348,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
           "model.layers.0.input_layernorm.lora_B.weight": torch.ones(64, 4)}, "takes no adapter here"),
         (tensors_with(**{f"{Q}.lora_B.weight": None}), "without the other half"),
         (tensors_with(**{f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), "DoRA's magnitudes"),
+        (tensors_with(**{"lm_head.base_layer.weight": torch.ones(4, 4)}), "with save_embedding_layers=False"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}), "not finite"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.ones(64, 4, dtype=torch.int32)}), "not a matrix of numbers"),
         ({f"{EXPERTS}.7.up_proj.lora_A.weight": torch.ones(4, 64),
@@ -335,7 +357,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
          "experts are 4 of 64 x 64 and 32 x 64"),
         ({}, "holds no tensors"),
     ],
-    ids=["shape", "layer", "norm", "half", "dora", "nan", "dtype", "expert", "experts", "empty"],
+    ids=["shape", "layer", "norm", "half", "dora", "base", "nan", "dtype", "expert", "experts", "empty"],
 )  # fmt: skip
 def test_adapters_of_other_models_are_one_sentence(
     model: Keye, tmp_path: Path, tensors: dict[str, Tensor], sentence: str
@@ -377,8 +399,9 @@ def test_names_of_adapters(model: Keye, tmp_path: Path) -> None:
     model.load_adapter(path, "captions")
     with pytest.raises(KeyeError, match="loaded already"):
         model.load_adapter(path, "captions")
-    with pytest.raises(KeyeError, match="not a name"):
-        model.load_adapter(path, "two words")
+    for name in ("two words", "..", "a/../b", "/a", ""):
+        with pytest.raises(KeyeError, match="not a name"):
+            model.load_adapter(path, name)
     with pytest.raises(KeyeError, match="did you mean captions"):
         model.engine.generate([[1]], SamplingParams(max_tokens=1), adapter="caption")
 

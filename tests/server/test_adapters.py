@@ -119,7 +119,7 @@ def test_an_adapter_is_replaced_in_place(client: TestClient) -> None:
     assert complete(client, "captions").json()["choices"][0]["logprobs"] != first
 
 
-@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "missing", "captions/adapter_config.json"])
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "missing", "captions/adapter_config.json", "a\0b", "a" * 300])
 def test_clients_load_adapters_of_one_folder_only(client: TestClient, folder: Path, path: str) -> None:
     assert "not a folder of adapters" in error_of(load(client, "other", path))["message"]
     (folder / "link").symlink_to("/etc")

@@ -107,7 +107,9 @@ def check_workers(arguments: Mapping[str, Any]) -> None:
     if arguments["timeout"] is not None and not arguments["servers"]:
         raise KeyeError("--timeout is the time for an answer of a server: give it with --server")
     if arguments["servers"]:
-        engines = ("dtype", "quant", "threads", *options.STORING_OPTIONS)
+        if arguments["adapter"] is not None:
+            raise KeyeError("--adapter cannot be set with --server: name the adapter that the server has with --model")
+        engines = ("mmproj", "dtype", "quant", "threads", *options.STORING_OPTIONS)
         if unused := [options.flag(name) for name in engines if arguments[name] is not None]:
             raise KeyeError(f"{', '.join(unused)} cannot be set with --server: the server has its own")
         if arguments["allow_private_urls"]:

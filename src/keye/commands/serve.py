@@ -104,6 +104,8 @@ def serve(
     if engine == "vllm":
         serve_vllm(context, settings, audit, on_ready)
         return
+    if (folder := settings.adapter_folder) is not None and not folder.expanduser().is_dir():
+        raise KeyeError(f"{folder} is not a folder: give --adapter-folder the one that adapters lie in")
     listening = listen(settings)
     if ray is not None and decode is not None:
         raise KeyeError("--decode cannot be used with --ray: the nodes of the replicas decode for themselves")

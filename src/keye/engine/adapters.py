@@ -22,6 +22,12 @@ ACCOUNT: Final = "adapters"
 _NAME: Final = re.compile(r"[\w.:/@+-]{1,200}")
 
 
+def check_name(name: object) -> None:
+    """`KeyeError` for what cannot be the name of an adapter, or no part of the address /v1/models/NAME."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or not all(part.strip(".") for part in name.split("/")):
+        raise KeyeError(f"{str(name)[:100]!r} is not a name for an adapter: use letters, digits and . _ - / : @ +")
+
+
 class Adapters:
     """Loads, finds and unloads adapters; `get` may be called from any thread."""
 
@@ -42,8 +48,7 @@ class Adapters:
         """Reads the adapter in the folder `path`; it is attached to the model under `exclusive`. With `replace` it
         takes the place of one that is called so. `KeyeError` for a name that is taken, an adapter that does not fit
         the model, and one that memory does not hold."""
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise KeyeError(f"{str(name)[:100]!r} is not a name for an adapter: use letters, digits and . _ - / : @ +")
+        check_name(name)
         with self._loading:
             default = self._model.adapter_rows.default
             if name in self._by_name and (not replace or self._by_name[name] is default):

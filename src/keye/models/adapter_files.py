@@ -41,8 +41,8 @@ _TENSOR: Final = re.compile(r"(?P<module>.+)\.lora_(?P<kind>A|B|embedding_A|embe
 _EXPERT: Final = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d{1,6})\.(?P<own>gate_proj|up_proj|down_proj)")
 #: The fused parameters of experts, and the layers of single experts that each holds.
 _FUSED: Final = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-#: A pattern of ranks that is only a name: letters and dots, which may be escaped.
-_PLAIN_PATTERN: Final = re.compile(r"\^?[\w.\\]+\$?")
+#: A pattern of ranks that is only a name: letters and dots, which may be escaped. All else is an expression.
+_PLAIN_PATTERN: Final = re.compile(r"\^?(?:\w|\\?\.)+\$?")
 #: Switches that change what an adapter computes; each must be absent or as in plain LoRA.
 _MUST_BE_OFF: Final = {
     "use_dora": "DoRA scales whole columns of the weights", "use_qalora": "QALoRA pools the inputs",
@@ -101,9 +101,11 @@ class LoraConfig:
             raise AdapterError(f"{file} has r {str(raw.get('r'))[:60]!r}: a rank is 1 to {MAX_RANK:,}")
         if not is_number(raw.get("lora_alpha")):
             raise AdapterError(f"{file} has lora_alpha {str(raw.get('lora_alpha'))[:60]!r}, which is not a number")
-        base = raw.get("base_model_name_or_path")
+        base, root = raw.get("base_model_name_or_path"), raw.get("use_rslora") or False
+        if not isinstance(root, bool):
+            raise AdapterError(f"{file} has use_rslora {str(root)[:60]!r}, which is neither true nor false")
         return cls(
-            raw["r"], float(raw["lora_alpha"]), raw.get("use_rslora") is True, _patterns(raw, "rank_pattern", file),
+            raw["r"], float(raw["lora_alpha"]), root, _patterns(raw, "rank_pattern", file),
             _patterns(raw, "alpha_pattern", file), base[:200] if isinstance(base, str) else None,
         )  # fmt: skip
 
@@ -128,13 +130,18 @@ def _patterns(raw: Mapping[str, Any], name: str, file: Path) -> dict[str, float]
         is_rank = name == "rank_pattern"
         if not is_number(value) or (is_rank and not (is_whole(value) and 1 <= value <= MAX_RANK)):
             raise AdapterError(f"{file} has {str(value)[:60]!r} for {key} in {name}, which is not a valid number")
-        plain[key.strip("^$").replace("\\", "")] = value
+        plain[key.rstrip("$").replace("\\", "")] = value
     return plain
 
 
 def _lookup(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that is the end of a module's name, as PEFT looks it up."""
-    return next((value for key, value in patterns.items() if module == key or module.endswith(f".{key}")), default)
+    """The value of the first pattern that is the end of a module's name, or with ^ all of it, as PEFT looks it up."""
+    return next((value for key, value in patterns.items() if _fits(key, module)), default)
+
+
+def _fits(pattern: str, module: str) -> bool:
+    name = pattern.removeprefix("^")
+    return module == name or (name == pattern and module.endswith(f".{name}"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -181,8 +188,7 @@ def _pairs(tensors: Mapping[str, StoredTensor], file: Path) -> Iterator[_Pair]:
     for name, tensor in tensors.items():
         match = _TENSOR.fullmatch(name)
         if match is None:
-            what = "DoRA's magnitudes" if "lora_magnitude" in name else "no matrix of a LoRA adapter"
-            raise AdapterError(f"{file} holds {name[:200]}, {what}: keye reads plain LoRA adapters")
+            raise AdapterError(f"{file} holds {name[:200]}, {_explain(name)}")
         if not tensor.is_readable or len(tensor.shape) != 2:
             shape = list(tensor.shape)
             raise AdapterError(f"{file} has {name[:200]} as {tensor.dtype} {shape}, which is not a matrix of numbers")
@@ -197,6 +203,16 @@ def _pairs(tensors: Mapping[str, StoredTensor], file: Path) -> Iterator[_Pair]:
                                " half; save the adapter again")  # fmt: skip
     if not halves:
         raise AdapterError(f"{file} holds no tensors; save the adapter again")
+
+
+def _explain(name: str) -> str:
+    """What a tensor is that is no half of a pair, and what to do."""
+    if "lora_magnitude" in name:
+        return "DoRA's magnitudes: keye reads plain LoRA adapters"
+    if name.startswith(_PREFIX) and name.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
+        return ("a whole layer of the base, which PEFT adds where the embeddings or the head are targets: save the "
+                "adapter with save_embedding_layers=False, or merge it with PEFT where it was trained")  # fmt: skip
+    return "no matrix of a LoRA adapter: keye reads plain LoRA adapters"
 
 
 class _Layout:

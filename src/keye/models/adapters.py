@@ -9,6 +9,7 @@ Legend: T rows of a step, R rank, E experts, d model width, I expert width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -186,7 +187,8 @@ def _add_to_experts(
 @torch.no_grad()
 def merge(model: nn.Module, adapter: Adapter) -> None:
     """Adds an adapter to the weights of a model in place, which then computes what it computed with the adapter, up to
-    rounding. `KeyeError` for quantised layers, before anything is changed."""
+    rounding. `KeyeError` for quantised layers and for those that share their weight with another one, before anything
+    is changed."""
     targets: list[tuple[Tensor, Callable[[], Tensor]]] = []
     for name, pair in adapter.layers.items():
         targets.append((_plain_weight(model, name, "weight"), pair.product))
@@ -194,6 +196,10 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
         for own, matrices in (("gate_up_proj", pairs.gate_up), ("down_proj", pairs.down)):
             if matrices is not None:
                 targets.append((_plain_weight(model, name, own), partial(_expert_product, *matrices)))
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    if any(owners[id(weight)] > 1 for weight, _ in targets):
+        raise KeyeError(f"the adapter {adapter.name} changes embeddings or the head, which are one weight in this "
+                        "model: load it beside the model instead of merging it")  # fmt: skip
     for weight, product in targets:
         weight.copy_(weight.float() + product())
 

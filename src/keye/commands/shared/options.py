@@ -240,12 +240,13 @@ def adapter_settings(value: str | Sequence[str] | None) -> dict[str, Any]:
     values = [value] if isinstance(value, str) else list(value or ())
     folders: dict[str, str] = {}
     for each in values:
-        name, _, folder = each.rpartition("=")
-        name = name or Path(folder).name
+        name, _, folder = ("", "", each) if Path(each).expanduser().is_dir() or "=" not in each else each.partition("=")
+        path = Path(folder).expanduser().absolute()
+        name = name or path.name
         if name in folders:
             raise KeyeError("{} has the name {} twice: give each adapter its own, as NAME=DIR",
                             Option("adapter"), repr(name))  # fmt: skip
-        folders[name] = str(Path(folder).expanduser().absolute())
+        folders[name] = str(path)
     return {} if not folders else {"adapters": folders, **({"adapter": name} if isinstance(value, str) else {})}
 
 

@@ -55,7 +55,11 @@ def _folder(context: Context) -> Path:
 
 def _inside(folder: Path, named: str) -> Path:
     """A path that a client names, relative to the folder of adapters or absolute; `ApiError` for one outside."""
-    path = (folder / named).resolve()
-    if not path.is_relative_to(folder) or not path.is_dir():
+    try:
+        path = (folder / named).resolve()
+        is_inside = path.is_relative_to(folder) and path.is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        is_inside = False
+    if not is_inside:
         raise ApiError(400, f"lora_path: {named[:200]!r} is not a folder of adapters on this server", param="lora_path")
     return path
