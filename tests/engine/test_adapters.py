@@ -73,6 +73,16 @@ def test_an_adapter_computes_what_merged_weights_compute(model: Keye, tmp_path: 
         assert torch.equal(ours, before)
 
 
+def test_layers_that_peft_copies_beside_embeddings_and_heads_change_nothing(model: Keye, tmp_path: Path) -> None:
+    """PEFT does so where they are targets; it trains none of their numbers."""
+    layers = ("model.embed_tokens", "lm_head")
+    tensors = random_pairs(model.model, layers)
+    model.load_adapter(write_adapter(tmp_path / "a", tensors), "pairs")
+    copies = {f"{name}.base_layer.weight": model.model.get_submodule(name).weight.detach() for name in layers}
+    model.load_adapter(write_adapter(tmp_path / "b", tensors | copies), "copies")
+    assert all(map(torch.equal, scores(model, "copies"), scores(model, "pairs")))
+
+
 def test_ranks_and_scales_follow_the_patterns(model: Keye, tmp_path: Path) -> None:
     q, v = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
     tensors = random_pairs(model.model, (q,), r=2) | random_pairs(model.model, (v,), r=3, seed=1)
@@ -349,6 +359,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
         (tensors_with(**{f"{Q}.lora_B.weight": None}), "without the other half"),
         (tensors_with(**{f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), "DoRA's magnitudes"),
         (tensors_with(**{"lm_head.base_layer.weight": torch.ones(4, 4)}), "with save_embedding_layers=False"),
+        (tensors_with(**{f"{Q}.base_layer.weight": torch.ones(64, 65)}), r"has \[64, 65\] for .*another model"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}), "not finite"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.ones(64, 4, dtype=torch.int32)}), "not a matrix of numbers"),
         ({f"{EXPERTS}.7.up_proj.lora_A.weight": torch.ones(4, 64),
@@ -357,7 +368,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
          "experts are 4 of 64 x 64 and 32 x 64"),
         ({}, "holds no tensors"),
     ],
-    ids=["shape", "layer", "norm", "half", "dora", "base", "nan", "dtype", "expert", "experts", "empty"],
+    ids=["shape", "layer", "norm", "half", "dora", "base", "resized", "nan", "dtype", "expert", "experts", "empty"],
 )  # fmt: skip
 def test_adapters_of_other_models_are_one_sentence(
     model: Keye, tmp_path: Path, tensors: dict[str, Tensor], sentence: str

@@ -30,6 +30,8 @@ TENSORS_FILE: Final = "adapter_model.safetensors"
 MAX_CONFIG_BYTES: Final = 4 << 20
 MAX_PATTERNS: Final = 10_000
 MAX_RANK: Final = 4096
+#: The end of the names of base layers that PEFT copies beside the pairs of embeddings and heads, which it never trains.
+_COPY: Final = ".base_layer.weight"
 #: What PEFT puts before the names of the model, and beginnings of names in other libraries with those of keye.
 _PREFIX: Final = "base_model.model."
 _BEGINNINGS: Final = (
@@ -173,8 +175,12 @@ def read_adapter(
         hint = "adapter_model.bin is a pickle, which keye does not open: save it with safe_serialization=True"
         raise AdapterError(f"{folder} holds no {TENSORS_FILE}" + (f"; {hint}" if pickled else ""))
     layout = _Layout(model, config, folder)
-    for pair in _pairs(open_file(file), file):
+    tensors = open_file(file)
+    copies = {name: tensor for name, tensor in tensors.items() if name.endswith(_COPY)}
+    for pair in _pairs({name: tensor for name, tensor in tensors.items() if name not in copies}, file):
         layout.place(pair)
+    for name, tensor in copies.items():
+        layout.check_copy(name, tensor.shape)
     nbytes = layout.count_numbers() * dtype.itemsize
     reserve(nbytes)
     reader = _Reader(config, dtype, device)
@@ -206,12 +212,12 @@ def _pairs(tensors: Mapping[str, StoredTensor], file: Path) -> Iterator[_Pair]:
 
 
 def _explain(name: str) -> str:
-    """What a tensor is that is no half of a pair, and what to do."""
+    """What a tensor outside of all pairs is, and what to do."""
     if "lora_magnitude" in name:
         return "DoRA's magnitudes: keye reads plain LoRA adapters"
-    if name.startswith(_PREFIX) and name.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")):
-        return ("a whole layer of the base, which PEFT adds where the embeddings or the head are targets: save the "
-                "adapter with save_embedding_layers=False, or merge it with PEFT where it was trained")  # fmt: skip
+    if name.endswith((_COPY, "embed_tokens.weight", "lm_head.weight")):
+        return ("a whole layer beside the adapter: save it with save_embedding_layers=False, or merge the adapter with "
+                "PEFT where that layer was trained")  # fmt: skip
     return "no matrix of a LoRA adapter: keye reads plain LoRA adapters"
 
 
@@ -242,6 +248,15 @@ class _Layout:
             key = pair.module.removeprefix(_PREFIX)
             rank = self.config.rank_of(key)
             self._add(self.layers, name, replace(pair, key=key), (rank, sizes[1]), (sizes[0], rank))
+
+    def check_copy(self, name: str, shape: tuple[int, ...]) -> None:
+        """`AdapterError` for the copy of a base layer that has no pair here, or another shape."""
+        pair = self.layers.get(self._own_name(name.removesuffix(_COPY)))
+        if pair is None:
+            raise AdapterError(f"{self.folder / TENSORS_FILE} holds {name[:200]}, {_explain(name)}")
+        sizes = (pair.b.shape[0], pair.a.shape[1])
+        if shape != (sizes[::-1] if pair.embeds else sizes):
+            raise self._foreign(f"has {list(shape)} for {name[:200]}, where the model has {list(sizes)}")
 
     def expert_sizes(self, name: str) -> tuple[int, int, int]:
         """E, d, I."""
