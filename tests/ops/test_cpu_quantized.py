@@ -154,3 +154,14 @@ def test_float32_scales_of_half_precision_take_half_the_memory(best_backend) -> 
     wide = pack(best_backend, weight).nbytes
     weight.scales.copy_(weight.scales.half().float())
     assert pack(best_backend, weight).nbytes == wide - 2 * weight.scales.numel()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_what_is_not_finite_stays_so_in_its_row_alone(backend, form: QuantFormat, bad: float) -> None:
+    random = generator(5)
+    packed, x = pack(backend, random_weight(form, (40, 130), random)), torch.randn(3, 130, generator=random)
+    clean = packed.matmul(x)
+    x[1, 129] = bad
+    out = packed.matmul(x)
+    assert not torch.isfinite(out[1]).any() and torch.equal(out[[0, 2]], clean[[0, 2]])

@@ -78,3 +78,17 @@ def test_what_is_left_to_torch(change):
         assert not gemv.takes_linear(x, weight)
         assert gemv.takes_linear(torch.zeros(8, 2048).bfloat16(), torch.zeros(256, 2048).bfloat16())
     assert not gemv.takes_linear(torch.zeros(8, 2048).bfloat16(), torch.zeros(256, 2048).bfloat16())
+
+
+def test_operands_that_do_not_fit_are_left_to_torch() -> None:
+    """Which says so; the core would read and write beyond their ends."""
+    weight, experts = numbers(512, 1024, seed=1), numbers(2, 1024, 512, seed=2)
+    chosen = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.inference_mode():
+        assert gemv.takes_linear(numbers(1, 1024, seed=3), weight)
+        assert not gemv.takes_linear(numbers(1, 2048, seed=3), weight)
+        assert not gemv.takes_linear(numbers(1, 1024, seed=3).to("meta"), weight)
+        gate_up, down = experts.mT, numbers(2, 512, 512, seed=4).mT
+        assert gemv.takes_experts(numbers(1, 512, seed=3), chosen, gate_up, down)
+        assert not gemv.takes_experts(numbers(1, 256, seed=3), chosen, gate_up, down)
+        assert not gemv.takes_experts(numbers(1, 512, seed=3).to("meta"), chosen, gate_up, down)

@@ -121,3 +121,11 @@ def test_rows_of_experts_meet_their_weights() -> None:
 def test_formats_that_no_version_wrote_are_refused(value: object) -> None:
     with pytest.raises(KeyeError):
         QuantFormat.from_dict(value)
+
+
+def test_the_factor_of_activations_is_rounded_once() -> None:
+    """As documented, 127 / magnitude, which kernels compute: not 127 * (1 / magnitude)."""
+    largest = 1 + torch.rand(4096, 1, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([largest, largest * (0.5 / 127 + torch.arange(126) / 127)], dim=1)
+    factor = (torch.tensor(127.0).double() / largest.double()).float()
+    assert torch.equal(quantize_activations(x, 127)[0].float(), (x * factor).round().clamp(-127, 127))

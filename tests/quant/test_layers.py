@@ -119,3 +119,23 @@ def test_experts_of_tokens_are_mixed_when_packed() -> None:
     pack_weights(experts)
     mixed = experts.mix(x, weights, chosen)
     assert mixed is not None and (mixed - wanted).norm() < 0.05 * wanted.norm()
+
+
+@pytest.mark.usefixtures("core")
+def test_gradients_pass_by_packed_weights() -> None:
+    """Also those of a bias and of a router, where the activations have none; without a backward pass packed weights
+    are read, whatever asks for gradients."""
+    bias = nn.Parameter(torch.randn(40))
+    linear, experts = (
+        QuantLinear(random_weight(40, 96), bias),
+        QuantExperts(random_weight(4, 128, 96), random_weight(4, 96, 64)),
+    )
+    pack_weights(nn.ModuleList([linear, experts]))
+    x, chosen, weights = torch.randn(3, 96), torch.tensor([[1], [0], [3]]), torch.ones(3, 1, requires_grad=True)
+    linear(x).sum().backward()
+    assert bias.grad is not None
+    assert experts.mix(x, weights, chosen) is None
+    with torch.no_grad():
+        assert linear.weight.packed is not None
+        assert torch.equal(linear(x), linear.weight.packed.matmul(x, bias))
+        assert experts.mix(x.requires_grad_(), weights, chosen) is not None

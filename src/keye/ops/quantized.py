@@ -230,7 +230,8 @@ def quantize_activations(x_NK: Tensor, group: int = ACTIVATION_GROUP) -> tuple[T
     magnitude above 1e-30 are zero."""
     parts = split_groups(x_NK.float(), group)
     largest = parts.abs().amax(-1, keepdim=True)
-    codes = (parts * torch.where(largest > 1e-30, 127 / largest, 0)).round().clamp(-127, 127)
+    factor = largest.new_tensor(127.0) / largest  # torch takes `127 / largest` for 127 * (1 / largest): rounded twice
+    codes = (parts * torch.where(largest > 1e-30, factor, 0)).round().clamp(-127, 127)
     return codes.to(torch.int8).flatten(1)[:, : x_NK.shape[1]], largest.squeeze(-1) / 127
 
 

@@ -148,7 +148,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., M]."""
         rows, packed = x.reshape(-1, x.shape[-1]), self.weight.packed
-        if packed is not None and not x.requires_grad:
+        if packed is not None and not _needs_gradient(rows, self.bias):
             return packed.matmul(rows, self.bias).view(*x.shape[:-1], self.out_features)
         y = registry.multiply_quantized(rows, self.weight.tensor).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
@@ -203,7 +203,7 @@ class QuantExperts(nn.Module):
     def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
         """Tokens `x` [T, d] through their `chosen` experts int64 [T, K], summed with `weights` float32 [T, K], in one
         call; None where no kernel does so."""
-        if x.requires_grad:
+        if _needs_gradient(x, weights):
             return None
         return registry.mix_packed_experts(x, weights, chosen, self.gate_up_proj.packed, self.down_proj.packed)
 
@@ -225,7 +225,12 @@ class QuantExperts(nn.Module):
         return _multiply(x, self.down_proj, sizes)
 
 
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a product is part of a backward pass, which packed weights do not have."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def _multiply(x: Tensor, weight: QuantizedWeight, sizes: list[int]) -> Tensor:
-    if weight.packed is not None and not x.requires_grad:
+    if weight.packed is not None and not _needs_gradient(x):
         return weight.packed.grouped_matmul(x, sizes)
     return registry.multiply_quantized(x, weight.tensor, sizes)

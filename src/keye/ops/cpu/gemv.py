@@ -41,10 +41,11 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether `linear` can multiply these, and is faster than torch. It has no backward pass."""
     columns = weight.shape[1]
     return (
-        0 < x.numel() <= MOST_ROWS * columns and weight.numel() >= LEAST_NUMBERS and columns >= LEAST_COLUMNS
+        x.shape[-1] == columns and 0 < x.numel() <= MOST_ROWS * columns
+        and weight.numel() >= LEAST_NUMBERS and columns >= LEAST_COLUMNS
         and columns % _LINE_NUMBERS == 0
         and x.dtype == weight.dtype == torch.bfloat16
-        and weight.is_contiguous() and weight.device.type == "cpu" and not torch.is_grad_enabled()
+        and weight.is_contiguous() and x.device.type == weight.device.type == "cpu" and not torch.is_grad_enabled()
     )  # fmt: skip
 
 
@@ -67,9 +68,9 @@ def takes_experts(x: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> b
     """Whether `mix_experts` can compute these, and is faster than torch. It has no backward pass."""
     count, width, outputs = gate_up.shape
     return (
-        0 < chosen.numel() <= max(MOST_EXPERT_ROWS * count, MOST_ROWS * chosen.shape[1])
+        x.shape[1] == width and 0 < chosen.numel() <= max(MOST_EXPERT_ROWS * count, MOST_ROWS * chosen.shape[1])
         and width * outputs >= LEAST_EXPERT_NUMBERS and not width % _LINE_NUMBERS and not outputs % (2 * _LINE_NUMBERS)
-        and x.dtype == gate_up.dtype == down.dtype == torch.bfloat16 and gate_up.device.type == "cpu"
+        and x.dtype == gate_up.dtype == down.dtype == torch.bfloat16 and x.device.type == gate_up.device.type == "cpu"
         and gate_up.mT.is_contiguous() and down.mT.is_contiguous() and not torch.is_grad_enabled()
     )  # fmt: skip
 

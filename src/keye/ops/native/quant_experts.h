@@ -31,7 +31,7 @@ class ExpertsCall {
             places_[r] = x + token_of_row_[r] * groups;
             places_[rows_ + r] = inner_ + r * groups_;
         }
-        out_ = scratch.sums.get(tokens_ * down_.outputs);
+        out_ = scratch.sums.get(tokens_ * down_.outputs + PAIR_OUTPUTS);  // the last pair is read whole
         const double read = (double)blocks_.size() * (double)(up_layout_.matrix_bytes + down_layout_.matrix_bytes);
         const int threads = worth_threads(call_.threads, (double)rows_ / (double)blocks_.size(), read);
         if (run((int64_t)blocks_.size() * groups_, threads, [&](int64_t i) { inner(blocks_[i / groups_], i % groups_); }))
