@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
+from warnings import warn
 
 from keye.config import kernel_config
-from keye.errors import KeyeError
+from keye.errors import KeyeError, KeyeWarning
 
 NATIVE: Final = Path(__file__).parents[1] / "native"
 SOURCES: Final = ("keye.cpp", "quant.cpp", "threads.cpp")
@@ -126,6 +127,8 @@ def find(*, build: bool = False) -> Status | None:
         if verdict is None:
             if not build:
                 return None
+            note = f"compiling the kernels for this processor ({variant.name}), once; it takes about half a minute"
+            warn(KeyeWarning(note), stacklevel=2)  # now, not among the notes of what needs them
             verdict = _build_and_try(library, command, variant)
         if verdict == "good":
             return Status(library, variant.name, "; ".join(failures))
