@@ -119,6 +119,12 @@ def test_what_may_not_be_opened_never_reaches_vllm(client: TestClient, source: s
     assert client.post("/v1/responses", json=body).status_code == status
     anthropic = {"type": "image", "source": {"type": "url", "url": source}}
     assert chat(client, anthropic, path="/v1/messages").status_code == 501
+    assert chat(client, {"type": "tool_result", "content": [anthropic]}, path="/v1/messages").status_code == 501
+    body = {"system": [anthropic], "messages": [{"role": "user", "content": "hello"}]}
+    assert client.post("/v1/messages", json=body).status_code == 501
+    part = {"type": "input_image", "image_url": source}
+    body = {"input": [{"type": "function_call_output", "call_id": "c", "output": [part]}]}
+    assert client.post("/v1/responses", json=body).status_code == status
 
 
 def test_streams_pass_as_they_come(client: TestClient) -> None:
@@ -178,7 +184,11 @@ def test_without_vllm_one_sentence_says_how_to_install_it(
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--tp-size", "2"], "give --engine vllm"), (["--engine", "vllm", "--kv", "int8"], "--kv is an option of keye")],
+    [
+        (["--tp-size", "2"], "give --engine vllm"),
+        (["--engine", "vllm", "--kv", "int8"], "--kv is an option of keye"),
+        (["--engine", "vllm", "--engine-option=--lora_modules=a=/a"], "--lora-modules gives vLLM names"),
+    ],
 )
 def test_options_of_the_other_engine_are_refused(
     arguments: list[str], sentence: str, program: Path, monkeypatch: pytest.MonkeyPatch,

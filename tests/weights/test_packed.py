@@ -330,6 +330,13 @@ def test_scales_that_are_not_finite(tmp_path: Path) -> None:
         read(write(tmp_path, tensors, **section("pack-quantized"))["x.weight"])
 
 
+def test_float8_codes_that_are_not_numbers(tmp_path: Path) -> None:
+    codes = torch.full((4, 32), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    tensors = {"x.weight": codes, "x.weight_scale": torch.ones(1)}
+    with pytest.raises(WeightsError, match=r"x\.weight holds numbers that are not finite"):
+        read(write(tmp_path, tensors, **section("float-quantized", num_bits=8, type="float"))["x.weight"])
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

@@ -180,7 +180,7 @@ def serve_vllm(
     ranks, own = parameters["tp_size"] or 1, list(parameters["engine_option"])
     if parameters["dtype"] is not None:
         own += ["--dtype", parameters["dtype"]]
-    vllm_command(Path(), (), ranks)  # before a model is downloaded
+    vllm_command(Path(), (), ranks, own)  # before a model is downloaded
     model = DescribedModel(Path(parameters["model"]).name, inputs.find_model(parameters["model"], weights=False))
     folder, names = inputs.find_model(parameters["model"]), settings.served_names or (model.name,)
     message = {"command": vllm_command(folder, names, ranks, own)}

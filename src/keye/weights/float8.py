@@ -81,7 +81,14 @@ class Float8Tensor:
         if not scales.isfinite().all():
             raise WeightsError(f"{self.scales.name} holds numbers that are not finite; fetch {self.scales.file} again")
         codes = self.codes.part(begin, end)
-        return QuantTensor(self.blocks, codes.shape, codes.read(), scales)
+        return QuantTensor(self.blocks, codes.shape, check_codes(codes.read(), self.codes), scales)
+
+
+def check_codes(codes: Tensor, stored: StoredTensor) -> Tensor:
+    """Float8 codes as they are; `WeightsError` where one is not a number. e4m3 has no infinities."""
+    if bool((codes.view(torch.uint8) & 0x7F == 0x7F).any()):
+        raise WeightsError(f"{stored.name} holds numbers that are not finite; fetch {stored.file} again")
+    return codes
 
 
 def join_scales(tensors: Mapping[str, StoredTensor], block: tuple[int, int]) -> dict[str, TensorSource]:

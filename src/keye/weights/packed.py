@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from keye.ops.quantized import QuantFormat, QuantTensor
+from keye.weights.float8 import check_codes
 from keye.weights.safetensors import PIECE_BYTES, StoredTensor
 from keye.weights.source import WeightsError
 
@@ -50,6 +51,8 @@ class Packed:
         if minima is not None:
             minima = minima.to(form.scale_dtype).expand(form.scale_shape(shape)).contiguous()
         codes = self.unpack(self.codes.part(begin, end).read(), shape[1])
+        if form.kind == "fp8":
+            check_codes(codes, self.codes)
         return QuantTensor(form, shape, codes.contiguous(), scales, minima)
 
 

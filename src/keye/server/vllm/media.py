@@ -19,7 +19,7 @@ from keye.server.stores import MediaOpener
 #: Fields of a body that set options of media; they stand beside each medium afterwards.
 _DEFAULTS: Final = ("preprocess_kwargs", "mm_processor_kwargs", "media_io_kwargs")
 #: Parts of messages that are text, or that vLLM is left to judge.
-_TEXTS: Final = ("text", "input_text", "output_text", "refusal", "thinking", "tool_use", "tool_result")
+_TEXTS: Final = ("text", "input_text", "output_text", "refusal", "thinking", "tool_use")
 #: Media types of pictures by their first bytes.
 _TYPES: Final = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp"}
 
@@ -41,12 +41,13 @@ def prepare_body(body: dict[str, Any], path: str, opener: MediaOpener, settings:
     defaults = media_settings(fields) or {}
     changed = {name: value for name, value in body.items() if name not in (*_DEFAULTS, "keye")}
     field = "input" if path.startswith("/v1/responses") else "messages"
-    messages = changed.get(field)
+    messages, writer = changed.get(field), _Writer(path, opener, defaults, settings.media)
     if isinstance(messages, list):
         if len(messages) > settings.messages:
             raise ApiError(400, f"{field}: more than {settings.messages:,} cannot be read", param=field)
-        writer = _Writer(path, opener, defaults, settings.media)
         changed[field] = [writer.message(f"{field}[{number}]", message) for number, message in enumerate(messages)]
+    if isinstance(system := changed.get("system"), list):
+        changed["system"] = writer.parts("system", system)
     return changed
 
 
@@ -58,12 +59,18 @@ class _Writer:
         self._count = 0
 
     def message(self, where: str, message: Any) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, list):
+        if not isinstance(message, Mapping):
             return message
-        return {**message, "content": [self._part(f"{where}.content[{i}]", part) for i, part in enumerate(content)]}
+        lists = {name: message[name] for name in ("content", "output") if isinstance(message.get(name), list)}
+        return {**message, **{name: self.parts(f"{where}.{name}", parts) for name, parts in lists.items()}}
+
+    def parts(self, where: str, parts: list[Any]) -> list[Any]:
+        """The parts of a message, or of what a tool has returned."""
+        return [self._part(f"{where}[{i}]", part) for i, part in enumerate(parts)]
 
     def _part(self, where: str, part: Any) -> Any:
+        if isinstance(part, Mapping) and part.get("type") == "tool_result":
+            return self.message(where, part)
         if not isinstance(part, Mapping) or part.get("type") in _TEXTS or set(part) == {"text"}:
             return part
         if part.get("type") == "image" and isinstance(source := part.get("source"), Mapping):  # Anthropic's form

@@ -29,10 +29,17 @@ from keye.process import report_ready, watch_stdin
 _PAUSE: Final = 0.25
 #: A name that no host has: vLLM fetches nothing, since keye sends every medium along.
 _NO_HOST: Final = "nothing.invalid"
+#: Options of vLLM that name models: requests for others than those of `--name` would get the answers of the first one.
+_NAMING: Final = ("--lora-modules", "--served-model-name")
 
 
 def vllm_command(model: Path, names: Sequence[str], ranks: int, options: Sequence[str] = ()) -> list[str]:
-    """The command line of vLLM's server, without its socket; `KeyeError` where vLLM is not installed."""
+    """The command line of vLLM's server, without its socket; `KeyeError` where vLLM is not installed, and for options
+    of it that keye sets or that add models."""
+    for option in options:
+        if (own := option.partition("=")[0].replace("_", "-")) in _NAMING:
+            raise KeyeError(f"{own} gives vLLM names that keye does not know: name the model with --name, and serve "
+                            "adapters without --engine vllm")  # fmt: skip
     arguments = ["--served-model-name", *names, "--tensor-parallel-size", str(ranks)]
     arguments += ["--allowed-media-domains", _NO_HOST, *options]
     if importlib.util.find_spec("vllm") is not None:
