@@ -216,6 +216,10 @@ def test_parts_that_do_not_belong_together_get_one_sentence(files: tuple[Path, P
         ({"keye-vl2.block_count": None}, r"lacks keye-vl2\.block_count"),
         ({"keye-vl2.attention.head_count": np.array([2, 1])}, "keye needs one number there"),
         ({"keye-vl2.rope.dimension_sections": np.array([1, 1, 1, 0])}, "mrope_section"),
+        ({"keye-vl2.context_length": None}, r"lacks keye-vl2\.context_length"),
+        ({"keye-vl2.rope.scaling.type": "yarn"}, r"keye-vl2\.rope\.scaling\.type yarn, which keye does not run"),
+        ({"keye-vl2.rope.scaling.factor": 4.0}, r"keye-vl2\.rope\.scaling\.factor 4, which keye does not run"),
+        ({"keye-vl2.rope.dimension_count": 16}, r"keye-vl2\.rope\.dimension_count 16, which keye does not run"),
         ({"tokenizer.ggml.tokens": 3}, "tokens that are not texts"),
         ({"tokenizer.huggingface.json": "[]"}, "not a JSON object"),
         ({"tokenizer.huggingface.json": None, "tokenizer.ggml.pre": "llama-bpe"}, "keye reads gpt2/qwen2"),
@@ -226,6 +230,13 @@ def test_metadata_that_lie_get_one_sentence(metadata: dict[str, Any], sentence: 
     rewrite(files[0], **metadata)
     with pytest.raises(KeyeError, match=sentence):
         keye.load(files[0])
+
+
+def test_numbers_that_llama_cpp_takes_for_granted_may_lack(files: tuple[Path, Path]) -> None:
+    keys = ("rope.freq_base", "attention.head_count_kv")
+    rewrite(files[0], **{"keye-vl2.attention.head_count": 1, **{f"keye-vl2.{key}": None for key in keys}})
+    raw = read_json(resolve(files[0]) / "config.json")
+    assert (raw["rope_theta"], raw["num_key_value_heads"]) == (10000, 1)
 
 
 def test_a_type_that_keye_does_not_read_is_named(files: tuple[Path, Path]) -> None:

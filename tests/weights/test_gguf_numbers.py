@@ -106,11 +106,12 @@ def test_a_file_that_became_shorter_is_reported(tmp_path: Path) -> None:
         source.read()
 
 
-def test_scales_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
-    (source,) = sources(tmp_path, BY_NAME["Q8_0"], (2, 32), "output.weight").values()
+@pytest.mark.parametrize(("kind", "at"), [("Q8_0", 0), ("Q4_1", 2)])  # a scale, and a minimum
+def test_scales_that_are_not_finite_are_an_error(kind: str, at: int, tmp_path: Path) -> None:
+    (source,) = sources(tmp_path, BY_NAME[kind], (2, 32), "output.weight").values()
     path = tmp_path / "t.gguf"
     data = bytearray(path.read_bytes())
-    start = source.place[1]
+    start = source.place[1] + at
     data[start : start + 2] = np.array([np.inf], "<f2").tobytes()
     path.write_bytes(data)
     with pytest.raises(KeyeError, match=r"scales in output\.weight that are NaN or infinite"):

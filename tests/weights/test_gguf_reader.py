@@ -137,6 +137,11 @@ def test_a_split_model_is_read_from_any_of_its_files(tmp_path: Path) -> None:
         read_gguf(tmp_path / "m.gguf")
 
 
+def test_files_that_llama_cpp_joined_are_one_file(tmp_path: Path) -> None:
+    path = Draft(metadata={"split.count": 0}, entries=(plain("t", [1.0]),)).write(tmp_path / "m.gguf")
+    assert list(read_gguf(path).tensors) == ["t"]
+
+
 def test_numbers_of_the_header_are_what_they_were(tmp_path: Path) -> None:
     wide = struct.pack("<Iq", 11, -(1 << 60)), struct.pack("<Id", 12, 0.1), struct.pack("<IQ", U64, (1 << 64) - 1)
     draft = Draft(metadata=dict(zip("abc", wide, strict=True)), entries=(MATRIX,))

@@ -45,6 +45,9 @@ _TEXT_KEYS: Final = {
     "attention.head_count_kv": "num_key_value_heads", "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta", "vocab_size": "vocab_size",
 }  # fmt: skip
+#: What no file may lack, and llama.cpp's base of angles for files that do not say.
+_REQUIRED: Final = ("block_count", "context_length", "embedding_length", "attention.head_count")
+_ROPE_BASE: Final = 10000.0
 _EXPERT_KEYS: Final = {
     "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -195,6 +198,8 @@ def read_config(file: GGUF, vision: GGUF | None, tokens: Mapping[str, int]) -> d
     values, release = _Values(file, architecture), _release(file, vision, architecture)
     raw: dict[str, Any] = {"architectures": [_architecture(release, values)], "torch_dtype": "bfloat16"}
     raw |= {field: values.number(key) for key, field in _TEXT_KEYS.items() if key in values and key != "vocab_size"}
+    raw |= {_TEXT_KEYS[key]: values.count(key) for key in _REQUIRED}
+    raw = {"rope_theta": _ROPE_BASE, "num_key_value_heads": raw["num_attention_heads"], **raw}
     raw["vocab_size"] = _rows(file, "token_embd.weight")
     _check_layers(file, "blk.", values.count("block_count"))
     _check_experts(file, values.count("expert_count", 0))
@@ -347,6 +352,7 @@ def _qwen_config(values: _Values, raw: Mapping[str, Any]) -> dict[str, Any]:
     size = values.count("attention.key_length", default)
     if values.count("attention.value_length", size) != size:
         raise GGUFError(f"{values.file.path} has values of another size than keys; no model of Keye has")
+    _check_qwen(values, size)
     key = f"{values.architecture}.rope.dimension_sections"
     # Qwen's models without pictures have none: with equal positions on all axes any sections give the same angles.
     side = size // 2 * 3 // 8
@@ -361,6 +367,20 @@ def _qwen_config(values: _Values, raw: Mapping[str, Any]) -> dict[str, Any]:
         topk = values.count("attention.indexer.top_k", DEFAULT_TOPK)
         config["sa_config"] = {"indexer_num_heads": heads, "indexer_head_dim": dim, "topk": topk}
     return {**config, **({"intermediate_size": raw["intermediate_size"]} if "intermediate_size" in raw else {})}
+
+
+def _check_qwen(values: _Values, size: int) -> None:
+    """`GGUFError` for arithmetic that the models of Qwen's layout do not have here: its numbers would be wrong."""
+    scaling = values.file.text(f"{values.architecture}.rope.scaling.type")
+    neutral: dict[str, tuple[float, ...]] = {
+        "rope.scaling.factor": (0, 1), "rope.scale_linear": (0, 1), "rope.dimension_count": (size,),
+        "expert_weights_scale": (0, 1),
+    }  # fmt: skip
+    others = [key for key, allowed in neutral.items() if key in values and values.number(key) not in allowed]
+    if scaling not in (None, "none") or others:
+        key, value = (others[0], values.number(others[0])) if others else ("rope.scaling.type", scaling)
+        raise GGUFError(f"{values.file.path} has {values.architecture}.{key} {str(value)[:40]}, which keye does not run "
+                        "in this architecture; give the file of another model")  # fmt: skip
 
 
 def _has_indexer(values: _Values) -> bool:

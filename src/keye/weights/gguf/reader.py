@@ -113,9 +113,9 @@ def read_gguf(path: Path) -> GGUF:
     """
     first = _read_file(path)
     count = first.integer("split.count")
-    if count is None or count == 1:
+    if count in (None, 0, 1):  # 0: several files that llama.cpp joined
         return first
-    if not 1 < count <= MAX_FILES:
+    if count is None or not 1 < count <= MAX_FILES:
         raise GGUFError(f"{path} has split.count {count}; it must be a whole number up to {MAX_FILES}")
     match = _SPLIT.fullmatch(path.name)
     if match is None or int(match["count"]) != count:

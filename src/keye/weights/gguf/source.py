@@ -109,7 +109,8 @@ class GGUFTensor:
                 if minima is not None:
                     assert numbers.minima is not None
                     minima[at] = torch.from_numpy(-numbers.minima).reshape(minima[at].shape)
-        if not bool(result.scales.isfinite().all()):
+        numbers_to_check = (result.scales, *(() if result.minima is None else (result.minima,)))
+        if not all(bool(tensor.isfinite().all()) for tensor in numbers_to_check):
             where = f"{self.infos[0].file} has scales in {self.infos[0].name}"
             raise WeightsError(f"{where} that are NaN or infinite; fetch it again")
         return result
