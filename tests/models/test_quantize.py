@@ -144,6 +144,9 @@ def test_the_folder_that_is_written_is_guarded(source: Path, tmp_path: Path) -> 
         run(source, source, overwrite=True)
     with pytest.raises(KeyeError, match="in one that exists"):
         run(source, tmp_path / "none" / "out")
+    for name in (".", ".."):
+        with pytest.raises(KeyeError, match="name a new folder"):
+            run(source, Path(name))
 
 
 def test_bad_sources_leave_no_result(source: Path, tmp_path: Path) -> None:

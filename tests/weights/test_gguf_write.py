@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -242,6 +244,20 @@ def test_a_conversion_that_is_killed_is_continued(folder, tmp_path):
     assert shares[0] > 0.5
     export_text(folder, tmp_path / "complete.gguf", "Q8_0")
     assert path.read_bytes() == (tmp_path / "complete.gguf").read_bytes()
+
+
+def test_a_draft_that_another_process_completed_meanwhile_is_left_alone(folder, tmp_path, monkeypatch):
+    path, flock = tmp_path / "m.gguf", fcntl.flock
+
+    def complete_first(descriptor: int, operation: int) -> None:
+        os.replace(tmp_path / ".m.gguf.part", path)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", complete_first)
+    (tmp_path / ".m.gguf.part").write_bytes(b"complete")
+    with pytest.raises(KeyeError, match="being written by another process"):
+        export_text(folder, path, "F16")
+    assert path.read_bytes() == b"complete"
 
 
 def test_a_draft_of_another_checkpoint_is_not_continued(folder, tmp_path):

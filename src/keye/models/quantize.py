@@ -165,8 +165,8 @@ def quantize_checkpoint(
 
 def check_new_folder(out: Path, *, overwrite: bool = False) -> None:
     """`KeyeError` where `out` cannot become a folder, or holds something else than an earlier result."""
-    if not out.absolute().parent.is_dir():
-        raise KeyeError(f"{out} cannot be written: name a folder in one that exists")
+    if not out.absolute().parent.is_dir() or out.name in ("", ".."):
+        raise KeyeError(f"{out} cannot be written: name a new folder in one that exists")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir() or not (out / REPORT_FILE).exists():
@@ -364,7 +364,7 @@ class _Work:
         if len(self.shards) > 1:
             names = {name: [own for u in units for own in u.tensors(u.target)] for name, units in self.shards.items()}
             write_index(self.partial, names, report.bytes)
-        for name in (_JOURNAL, _IMPORTANCE, _LOCK):
+        for name in (_JOURNAL, _IMPORTANCE):
             (self.partial / name).unlink(missing_ok=True)
         if self.out.exists() and any(self.out.iterdir()):
             assert overwrite
@@ -374,6 +374,7 @@ class _Work:
             shutil.rmtree(old)
         else:
             self.partial.rename(self.out)
+        (self.out / _LOCK).unlink(missing_ok=True)  # until here it keeps others out
 
 
 def _batches(units: Sequence[_Unit]) -> Iterator[list[_Unit]]:

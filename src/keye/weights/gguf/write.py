@@ -137,6 +137,8 @@ class Draft:
         self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(self._descriptor), os.stat(self._file)):
+                raise BlockingIOError  # the other process completed it meanwhile
         except OSError:
             os.close(self._descriptor)
             raise KeyeError(f"{path} is being written by another process; wait for it, or name another file") from None
