@@ -16,6 +16,7 @@ def test_two_gguf_files_become_a_folder_again(run: Callable, model_folder: Path,
     result = run("convert", model_folder, "--type", "bf16", "-o", tmp_path / "model.gguf", "--json")
     assert (result.code, result.data["type"]) == (0, "BF16")
     assert result.data["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert run("inspect", tmp_path / "model.gguf", "--json").data["fits"][0]["dtype"] == "bfloat16"
     assert run("convert", model_folder, "--mmproj", "-o", tmp_path / "mmproj-model.gguf").code == 0
     result = run("convert", tmp_path / "model.gguf", "-o", tmp_path / "back", "--json")
     assert (result.code, result.data["part"]) == (0, "model")
@@ -27,6 +28,9 @@ def test_the_default_is_the_mix_that_most_people_take(run: Callable, model_folde
     assert (result.code, result.out) == (0, "")
     assert result.err.splitlines()[-1].endswith("Q4_K_M")
     assert read_gguf(tmp_path / "text.gguf").metadata["general.file_type"] == 15
+    described = run("inspect", tmp_path / "text.gguf", "--json").data
+    assert {row["dtype"] for row in described["fits"]} == {"stored"}
+    assert described["fits"][0]["weights"] < described["bytes"]["bfloat16"] and described["recommendation"] is None
 
 
 def test_a_model_that_keye_quantised_becomes_plain_numbers(run: Callable, model_folder: Path, tmp_path: Path) -> None:

@@ -112,13 +112,16 @@ def description(model: str, mmproj: Path | None = None) -> dict[str, Any]:
     memory, sizes = memories(), ModelSizes.of(model_outline)
     weights = {name: read * size for name, size in FORMATS.items()}
     weights |= {name: sum(sizes.parts[name].values()) for name in QUANTISED}
+    stored = None if files is None else files.pop("stored", None)
     kinds = {quantised["kind"]: files["bytes"]} if files is not None and quantised is not None else weights
+    if stored is not None:
+        kinds = {"stored": stored}
     cards = count_cards(model_outline)
     if cards:
         notes.append(f"{cards_sentence(cards)}.")
     recommended = (
         None
-        if quantised
+        if quantised or stored
         else recommend(sizes, memory, {device.device: read_bandwidth(device.device) for device in memory})
     )
     return {
@@ -148,7 +151,9 @@ def weight_facts(
     folder: Path, model_outline: Outline
 ) -> tuple[dict[str, Any] | None, dict[str, tuple[int, ...]], list[str]]:
     """The weight files of a folder as their headers tell: facts, shapes by name, and what is odd about them."""
-    from keye.models.load import check_fit
+    import torch
+
+    from keye.models.load import check_fit, loaded_bytes
     from keye.models.quant_fill import stored_policy
     from keye.models.quantize import read_report
     from keye.weights.gguf.folder import read_link
@@ -176,6 +181,9 @@ def weight_facts(
         notes.append(f"{str(error)[:400]}.")
     else:
         facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
+        formats = {tensor.format.kind for tensor in tensors.values() if tensor.format is not None}
+        if stored_policy(model_outline.config) is None and formats & {"int4", "int8"}:  # a GGUF file, for example
+            facts["stored"] = loaded_bytes(folder, model_outline.config, torch.bfloat16)
         if report.lacks_indexer:
             notes.append("The files hold no indexer weights: the model runs with dense attention.")
     if (policy := stored_policy(model_outline.config)) is not None:

@@ -18,7 +18,7 @@ from keye.units import format_bytes, format_count, listed, one_line, plural
 BAR, NARROW = 20, 64
 #: Formats of the same size share a row.
 ROWS = {"bfloat16": "16-bit", "float32": "32-bit", "int8": "int8", "int4": "int4"}
-_FIT_ROWS = {**ROWS, "fp8": "fp8"}
+_FIT_ROWS = {**ROWS, "fp8": "fp8", "stored": "as stored"}
 
 
 def print_model(result: Mapping[str, Any]) -> None:
@@ -172,7 +172,7 @@ def machine_rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
                     full = ", all that the model knows" if fit["limited_by"] == "model" else ""
                     verdict = f"fits with {fit['context']:,} tokens of context{full}"
                 rows.append((f"  {_FIT_ROWS[fit['dtype']]}", verdict))
-    if result["quantization"] is not None:
+    if result["quantization"] is not None or any(fit["dtype"] == "stored" for fit in result["fits"]):
         return rows
     if (recommended := result["recommendation"]) is not None:
         rows.append(("recommended", f"{recommended['sentence']} on {recommended['device']}"))
