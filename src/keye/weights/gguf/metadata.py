@@ -379,8 +379,8 @@ def _check_qwen(values: _Values, size: int) -> None:
     others = [key for key, allowed in neutral.items() if key in values and values.number(key) not in allowed]
     if scaling not in (None, "none") or others:
         key, value = (others[0], values.number(others[0])) if others else ("rope.scaling.type", scaling)
-        raise GGUFError(f"{values.file.path} has {values.architecture}.{key} {str(value)[:40]}, which keye does not run "
-                        "in this architecture; give the file of another model")  # fmt: skip
+        where = f"{values.file.path} has {values.architecture}.{key}"
+        raise GGUFError(f"{where} {str(value)[:40]}, which keye does not run; give the file of another model")
 
 
 def _has_indexer(values: _Values) -> bool:
