@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from keye.cli import main
 from keye.errors import KeyeError
 from keye.hub import asset
 from keye.server.edge.guard import Guard
-from keye.server.replicas.processes import LocalReplica
+from keye.server.replicas.processes import LocalReplica, Reply
 from keye.server.settings import Settings, guard_settings
 from keye.server.vllm.app import DescribedModel, vllm_app
 from keye.server.vllm.process import vllm_command
@@ -197,6 +199,38 @@ def test_options_of_the_other_engine_are_refused(
     monkeypatch.setenv("PATH", f"{program}{os.pathsep}{os.environ['PATH']}")
     assert main(["serve", "nano", *arguments]) == 2
     assert sentence in capfd.readouterr().err
+
+
+class Busy:
+    """A vLLM that answers, but not whether it is healthy."""
+
+    name, is_ready = "vllm", True
+
+    async def start(self) -> None: ...
+
+    async def wait_ended(self) -> None:
+        await asyncio.Event().wait()
+
+    async def send(self, method: str, path: str, headers: Mapping[str, str], content: Any) -> Reply:
+        if path == "/health":
+            await asyncio.Event().wait()
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b"{}"
+
+        return Reply(200, {"content-type": "application/json"}, pieces(), self.start)
+
+    async def kill(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def test_a_busy_vllm_is_sent_requests() -> None:
+    app = vllm_app(Busy(), DescribedModel("nano", asset("nano")), Settings())
+    with TestClient(app, "http://127.0.0.1") as client:
+        app.state.proxy.watch.last_answers["vllm"] = -math.inf
+        assert client.get("/health").status_code == 503
+        assert chat(client, {"type": "text", "text": "x"}).status_code == 200
 
 
 def test_a_vllm_that_cannot_start_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

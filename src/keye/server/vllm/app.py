@@ -135,7 +135,7 @@ class _Front:
         settings = self._context.settings
         if self._running >= settings.queue:
             raise ApiError(429, "too many requests wait; try again soon", code="overloaded", retry=1)
-        if not self._proxy.health()[self._name]:
+        if not self._proxy.replicas[self._name].is_ready:  # one that is busy may be late to say that it is healthy
             raise ApiError(503, "vLLM is starting; try again soon", code="no_replica", retry=5)
         end = self._count()
         try:
