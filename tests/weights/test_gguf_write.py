@@ -260,6 +260,16 @@ def test_a_draft_that_another_process_completed_meanwhile_is_left_alone(folder, 
     assert path.read_bytes() == b"complete"
 
 
+def test_a_tokenizer_of_another_model_is_one_sentence(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": 5000, "content": "<|other|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(KeyeError, match="ids from 0 to 5000, the model a table of 1792 rows"):
+        export_text(folder, tmp_path / "m.gguf", "F16")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_a_draft_of_another_checkpoint_is_not_continued(folder, tmp_path):
     def interrupt(done: int, total: int) -> None:
         if done > total * 0.8:

@@ -137,8 +137,12 @@ def read_template(file: GGUF) -> str | None:
 
 def token_metadata(tokenizer: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The metadata of an official `tokenizer.json` for a table of `size` rows: llama.cpp's list of tokens, and the
-    file itself too where llama.cpp has no name for its pre-tokenizer."""
+    file itself too where llama.cpp has no name for its pre-tokenizer. `GGUFError` for ids beyond the table."""
     model = tokenizer["model"]
+    ids = [*model["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        raise GGUFError(f"tokenizer.json has tokens with ids from {min(ids)} to {max(ids)}, the model a table of "
+                        f"{size} rows; use the tokenizer.json and the config.json of one release")  # fmt: skip
     tokens, types = [f"[PAD{index}]" for index in range(size)], np.full(size, UNUSED, "<i4")
     for token, index in model["vocab"].items():
         tokens[index], types[index] = token, NORMAL
