@@ -30,6 +30,18 @@ def test_int4_rows_have_the_least_error_too(backend: CpuBackend, dtype, heads, d
     torch.testing.assert_close(*errors, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_what_is_not_finite_stays_so(backend: CpuBackend, kind, bad):
+    x = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0))
+    x[1, 0, 5] = bad
+    form = RowFormat(kind, 2, 64)
+    finite = form.decode(backend.encode(form, x), torch.float32).isfinite()
+    assert not finite[1, 0, 5] and torch.equal(
+        finite.all(-1), form.decode(form.encode(x), torch.float32).isfinite().all(-1)
+    )
+
+
 def test_what_is_left_to_the_definition(backend: CpuBackend):
     for form in (RowFormat("fp8", 1, 64), RowFormat("bfloat16", 1, 64), RowFormat("int8", 1, 48)):
         assert backend.encode(form, torch.zeros(1, 1, form.dim)) is None

@@ -7,16 +7,20 @@ namespace keye {
 constexpr int ENCODE_SHARES = 8;  // scales that are tried for a group of int4 codes
 constexpr float INT4_SHARES[ENCODE_SHARES] = {1.05f, 1.0f, 0.97f, 0.94f, 0.91f, 0.88f, 0.85f, 0.82f};
 
-// One vector of `dim` numbers, a multiple of 16, as codes and the scale behind them.
+// One vector of `dim` numbers, a multiple of 16, as codes and the scale behind them. Numbers that are not finite make the
+// scale NaN: maxima overlook them.
 inline void encode_int8(const float *x, int dim, uint8_t *out) {
-    V most = vzero();
-    for (int d = 0; d < dim; d += LANES) most = vmax(vmax(vload(x + d), vsub(vzero(), vload(x + d))), most);
-    const float exact = std::max(vlargest(most) / 127.0f, 1e-30f);
+    V most = vzero(), bad = vzero();
+    for (int d = 0; d < dim; d += LANES) {
+        most = vmax(vmax(vload(x + d), vsub(vzero(), vload(x + d))), most);
+        bad = vfma(vload(x + d), vzero(), bad);
+    }
+    const float exact = std::max(vlargest(most) / 127.0f, 1e-30f) + vsum(bad);
     float scale = from_bfloat(to_bfloat(exact));
     if (scale < exact) scale = from_bfloat(to_bfloat(scale * (1 + 0.0078125f)));
     for (int d = 0; d < dim; d++) {
         const float code = std::min(std::max(std::nearbyint(x[d] / scale), -127.0f), 127.0f);
-        out[d] = (uint8_t)(int8_t)code;
+        out[d] = code == code ? (uint8_t)(int8_t)code : 0;
     }
     const uint16_t bits = to_bfloat(scale);
     std::memcpy(out + dim, &bits, 2);
@@ -27,12 +31,12 @@ inline V int4_codes(const float *x, float scale) {
     return vmax(vsub(vzero(), vmax(vsub(vzero(), code), vset1(-7.0f))), vset1(-8.0f));
 }
 
-// The scale of a group that leaves the least squared error among a few.
+// The scale of a group that leaves the least squared error among a few; NaN where no error is a finite number.
 inline float int4_scale(const float *x, int group) {
     int at = 0;
     for (int d = 1; d < group; d++)
         if (std::fabs(x[d]) > std::fabs(x[at])) at = d;
-    float largest = x[at] / -8.0f, best = 0, least = INFINITY;
+    float largest = x[at] / -8.0f, best = NAN, least = INFINITY;
     if (std::fabs(largest) < 1e-30f) largest = 1e-30f;
     for (float share : INT4_SHARES) {
         const float scale = from_bfloat(to_bfloat(largest * share));
