@@ -186,3 +186,11 @@ def test_a_fingerprint_tells_formats_apart_and_not_how_memory_holds_them(make_mo
         update_tensors(loaded, {"model.layers.0.self_attn.o_proj.weight": torch.randn(48, 128)})
         assert fingerprint("m", loaded, ProcessorConfig()).weights != before.weights
     assert prints["int4"].weights != prints["int8"].weights and prints["int4"].config != prints["int8"].config
+
+
+def test_a_tied_head_has_the_format_of_the_embeddings(make_model: Any, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=True)
+    save_model(model, tmp_path)
+    policy = make_policy("int4", overrides={"head": QuantFormat("int8")})
+    with pytest.raises(KeyeError, match="head and embeddings the same format"):
+        load_model(tmp_path, model.config, quant=policy)

@@ -255,6 +255,9 @@ def plan_model(
     with torch.device("meta"):
         model = KeyeModel(config.without_indexer() if lacks_indexer else config)
         if policy is not None:
+            if model.is_tied and policy.parts["head"] != policy.parts["embeddings"]:
+                raise WeightsError("the head of this model is its embeddings: give the parts head and embeddings the "
+                                   "same format")  # fmt: skip
             section = {"quantization_config": policy.to_dict()}
             model.config = replace(model.config, raw={**model.config.raw, **section})
         stored, per_expert = policy or stored_policy(config), per_expert_modules(tensors)
