@@ -86,8 +86,22 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("*.bin")
     with file.open("r+b") as opened:
         opened.truncate(1 << 20)
-    with pytest.raises(KeyeError, match="is damaged: remove it"):
+    with pytest.raises(KeyeError, match="is damaged: remove both"):
         keye.load("nano", quant="int4", experts="disk", experts_folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}'])
+def test_a_damaged_description_is_one_sentence(folder: Path, on_disk: keye.Keye, tmp_path: Path, text: str) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes() if file.suffix == ".bin" else text.encode())
+    with pytest.raises(KeyeError, match="is damaged: remove"):
+        keye.load("nano", quant="int4", experts="disk", experts_folder=tmp_path)
+
+
+def test_a_place_that_is_no_folder_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KeyeError, match="file cannot hold experts .*: name another folder"):
+        keye.load("nano", quant="int4", experts="disk", experts_folder=tmp_path / "file")
 
 
 def test_what_cannot_lie_on_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

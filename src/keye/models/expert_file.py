@@ -55,10 +55,17 @@ def load_on_disk(
     key = _key(weights, plan, tensors)
     data, facts = folder / f"experts-{key}.bin", folder / f"experts-{key}.json"
     if not facts.is_file() or not data.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WeightsError(f"{folder} cannot hold experts ({error.strerror}): name another folder") from None
         _write(data, facts, weights, plan, tensors)
     else:
-        _read(data, json.loads(facts.read_text(encoding="utf-8")), weights)
+        try:
+            _read(data, json.loads(facts.read_text(encoding="utf-8")), weights)
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            raise WeightsError(f"{data} or {facts.name} beside it is damaged: remove both, and load the model again"
+                               ) from None  # fmt: skip
     return [step for step in plan if step.own not in weights]
 
 
