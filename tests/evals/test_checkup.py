@@ -16,11 +16,12 @@ import keye
 from keye import Keye
 from keye.cli import main
 from keye.errors import KeyeError
-from keye.evals.checkup import run_checkup
+from keye.evals.checkup import answer_nats, picture_questions, run_checkup
 from keye.evals.verdict import STATED, Ranges, conclude, ranges_of, read_ranges, save_ranges
 from keye.hub import asset
 from keye.models.attention import Attention
 from keye.models.moe import Experts
+from tests.support.latent import latent_folder
 
 #: What a healthy keye-nano showed.
 HEALTHY = json.loads(asset("nano/doctor.json").read_text())["probes"]
@@ -118,6 +119,7 @@ def test_a_short_checkup(name: str, cause: str | None, tmp_path: Path) -> None:
         ({"pictures": 2.1, "pictures_own": 2.1, "times": 2.7, "times_own": 2.7, "frameforge": 0.14}, "conversion"),
         ({"text": 12.0, "demo": 0.0}, "conversion"),
         ({"levels": 3.0, "pictures": 7.5, "pictures_own": 7.5, "times_own": 8.7, "times": 8.7}, "quantisation"),
+        ({"levels": 1.0, "text": 7.5, "pictures": 7.5, "pictures_own": 7.5}, "conversion"),  # zeros
         ({"frameforge": 0.3}, "unclear"),
     ],
 )
@@ -134,6 +136,13 @@ def test_ranges_of_published_models_are_stated_and_those_of_nano_measured() -> N
     stated = Ranges("Keye-VL 2.0", False, STATED)
     assert conclude({**HEALTHY, "text": 2.6, "box": 0.8}, stated).cause is None
     assert conclude({**HEALTHY, "text": 11.9, "box": 0.8}, stated).cause == "conversion"
+
+
+@pytest.mark.filterwarnings("ignore::keye.errors.KeyeWarning")
+def test_the_only_template_of_a_release_is_not_compared(tmp_path: Path) -> None:
+    model = keye.load(latent_folder(tmp_path / "671b"))
+    questions = picture_questions(1)
+    assert answer_nats(model, questions, own_template=True) == answer_nats(model, questions)
 
 
 def test_ranges_are_saved_and_read(tmp_path: Path) -> None:

@@ -198,7 +198,9 @@ def answer_nats(
 ) -> float:
     """Nats for a token of known answers, with keye's own template or frame text where that is wanted."""
     runtime, config = model.runtime, model.processor.config
+    # Of a release whose template only its checkpoint has, that one is the only right one.
     own = template_of(config.release, runtime.generation_config.default_system)
+    own_template = own_template and not config.release.needs_template
     builder = runtime.prompts
     if own_frame_text:
         usual = ProcessorConfig.of(config.release).frame_text

@@ -34,7 +34,8 @@ _SENTENCES: Final[Mapping[Cause, str]] = {
     "frame text": "the text before video frames looks wrong: answers about times are likely under keye's own and not "
                   "under the one in use; check frame_text in preprocessor_config.json",
     "conversion": "the weights look wrongly converted: known answers are unlikely under any prompt, though the numbers "
-                  "are not coarse; compare names, order and layout of tensors with the original",
+                  "are not coarse; compare names, order and layout of tensors with the original, and config.json, "
+                  "tokenizer.json and preprocessor_config.json, which spoil answers in the same way",
     "quantisation": "the quantisation looks too coarse: the weights have few different values and answers are wrong; "
                     "take int8, or int4 with smaller groups",
     "unclear": "answers are worse than they should be, but no cause stands out: check sampling and media settings",
@@ -124,9 +125,9 @@ def conclude(probes: Probes, ranges: Ranges) -> Verdict:
     if not answers:
         return Verdict(None, missed, "template, frame text, conversion and quantisation look right")
     cause: Cause = "unclear"
-    if "levels" in missed:
+    if "levels" in missed and probes["levels"] > 1:  # weights that are all alike are missing, not coarse
         cause = "quantisation"
-    elif any(name in missed for name in _OF_WEIGHTS):
+    elif "levels" in missed or any(name in missed for name in _OF_WEIGHTS):
         cause = "conversion"
     elif "pictures" in missed or probes["pictures"] > probes["pictures_own"] + GAP:
         cause = "template"
