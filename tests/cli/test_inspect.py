@@ -235,6 +235,7 @@ def test_what_no_single_device_holds(run: Callable) -> None:
     assert any("at least 32 in 16-bit" in note and "8 in int4" in note for note in data["notes"])
     assert "it must come with the checkpoint" in run("inspect", "671b").out
     assert "8 in int4 (359 GB of weights)" in run("plan", "--model", "671b", "--video", "2m").out
+    assert "16 in float8 (674 GB of weights)" in run("plan", "--model", "671b", "--ram", "384GiB").out
     assert run("inspect", "2.0", "--json").data["cards_of_80_gb"] is None
 
 

@@ -118,6 +118,8 @@ def plan(
         show.print_plans(result)
     if machine is not None:
         print_placement(result["placement"])
+        if not planned and "needs" in result:
+            show.stdout().print(f"{result['needs']}.", soft_wrap=True, highlight=False)
     if fleet_file is not None:
         print_fleet(result["fleet"])
     return int(fails)
