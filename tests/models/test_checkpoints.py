@@ -307,3 +307,14 @@ def test_only_large_tensors_in_main_memory_get_huge_pages():
     assert int(large.fill_(3).sum(dtype=torch.int64)) == 3 * 8 * 2**20
     assert not ask_for_huge_pages(torch.empty(100))
     assert not ask_for_huge_pages(torch.empty(8 * 2**20, device="meta"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_one_sentence(
+    make_model: Any, raw_config: dict[str, Any], tmp_path: Path, value: float
+) -> None:
+    state = {name: tensor.clone() for name, tensor in make_model().state_dict().items()}
+    state["model.layers.1.self_attn.q_proj.weight"][3, 5] = value
+    folder = write(tmp_path, raw_config, state)
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.q_proj\.weight holds NaN or infinite numbers"):
+        load_model(folder, load_model_config(folder))
