@@ -107,8 +107,8 @@ class StoredTensor:
         matrix.copy_(source)
 
     def _read(self, start: int, out: Tensor) -> Tensor:
-        """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on. Numbers that are not finite are an
-        error: a model with one of them answers, and wrongly."""
+        """Fills a contiguous CPU tensor with the bytes from `start` of this tensor on. Numbers that are not finite are
+        an error: a model with one of them answers, and wrongly."""
         view = out.view(-1).view(torch.uint8).numpy().data
         assert start + len(view) <= self.nbytes
         try:
