@@ -41,7 +41,7 @@ def convert(
 
     A model with vision takes two GGUF files: its language model, and its vision part, whose name must contain mmproj
     where keye is to find it beside the other; MODEL may be such a pair, named by the first. Weights are read and
-    written piece by piece, and a conversion that was interrupted is continued when it is started again. Quantised files
+    written piece by piece; one to GGUF that was interrupted is continued when it is started again. Quantised files
     become plain numbers in safetensors.
 
     \b

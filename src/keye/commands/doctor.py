@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
+#: Questions about generated clips that a model is asked unless --questions says otherwise.
+QUESTIONS = 50
+
 
 @dataclass(frozen=True)
 class Check:
@@ -37,8 +40,7 @@ class Check:
 @click.option("--model", metavar="MODEL", help="Also ask this model questions whose answers are known.")
 @options.running_device
 @options.template
-@click.option("--questions", type=options.COUNT, default=50, show_default=True, metavar="N",
-              help="Questions about generated clips.")  # fmt: skip
+@click.option("--questions", type=options.COUNT, metavar="N", help="Questions about generated clips.  [default: 50]")
 @click.option("--ranges", type=options.PATH, metavar="FILE",
               help="Compare with the ranges in this file.  [default: those of the release]")  # fmt: skip
 @click.option("--save-ranges", type=options.PATH, metavar="FILE",
@@ -47,8 +49,8 @@ class Check:
 @options.as_json
 @options.debug
 def doctor(
-    model: str | None, questions: int, ranges: Path | None, save_ranges: Path | None, overwrite: bool, as_json: bool,
-    **arguments: Any,
+    model: str | None, questions: int | None, ranges: Path | None, save_ranges: Path | None, overwrite: bool,
+    as_json: bool, **arguments: Any,
 ) -> int:  # fmt: skip
     """Check this machine and this installation, or a model. Exit code 1 when something does not work.
 
@@ -64,9 +66,9 @@ def doctor(
     keye doctor --model converted.gguf --ranges healthy.json --json
     """
     if model is not None:
-        return check_model(model, questions, ranges, save_ranges, overwrite, as_json, arguments)
-    if ranges is not None or save_ranges is not None:
-        raise KeyeError("--ranges and --save-ranges are about a model: name it with --model")
+        return check_model(model, questions or QUESTIONS, ranges, save_ranges, overwrite, as_json, arguments)
+    if questions is not None or ranges is not None or save_ranges is not None:
+        raise KeyeError("--questions, --ranges and --save-ranges are about a model: name it with --model")
     checks = [check() for check in CHECKS]
     failed = any(check.ok is False for check in checks)
     if as_json:

@@ -182,7 +182,7 @@ def weight_facts(
     else:
         facts |= {"fits_config": True, "ignored": list(report.ignored), "unused": list(report.unused)}
         formats = {tensor.format.kind for tensor in tensors.values() if tensor.format is not None}
-        if stored_policy(model_outline.config) is None and formats & {"int4", "int8"}:  # a GGUF file, for example
+        if stored_policy(model_outline.config) is None and formats:  # a GGUF file, for example
             facts["stored"] = loaded_bytes(folder, model_outline.config, torch.bfloat16)
         if report.lacks_indexer:
             notes.append("The files hold no indexer weights: the model runs with dense attention.")
