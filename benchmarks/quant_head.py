@@ -72,19 +72,19 @@ def median(values: list[float]) -> float:
 
 
 def shifts() -> dict[str, dict[str, float]]:
-    """How far each head moves the log-probabilities of keye-nano with int4 layers."""
+    """How far each head moves the log-probabilities of right answers of keye-nano with int4 layers."""
     prompts, folder = list(test_prompts(keye.load("nano"))), resolve("nano")
     results: dict[str, dict[str, float]] = {}
     exact: list[torch.Tensor] = []
     for head in HEADS:
         policy = make_policy("int4", overrides=dict([parse_part(f"head={head.replace('bfloat16', 'keep')}")]))
         model, _ = load_model(folder, load_model_config(folder), dtype=torch.bfloat16, quant=policy)
-        own = [probabilities(model, prompt) for prompt in prompts]
+        own = [probabilities(model, *prompt) for prompt in prompts]
         exact = exact or own
         moved, divergence = [], []
-        for prompt, ours, theirs in zip(prompts, own, exact, strict=True):
-            following = prompt.token_ids[len(prompt.token_ids) - len(ours) + 1 :].unsqueeze(1)
-            moved.append((ours[:-1].gather(1, following) - theirs[:-1].gather(1, following)).abs().flatten())
+        for (prompt, before), ours, theirs in zip(prompts, own, exact, strict=True):
+            answer = prompt.token_ids[before : before + len(ours)].unsqueeze(1)
+            moved.append((ours.gather(1, answer) - theirs.gather(1, answer)).abs().flatten())
             divergence.append((theirs.exp() * (theirs - ours)).sum(-1))
         results[head] = {
             "shift": round(float(torch.cat(moved).mean()), 5),
