@@ -360,7 +360,7 @@ def tensors_with(**changes: Tensor | None) -> dict[str, Tensor]:
         (tensors_with(**{f"{Q}.lora_magnitude_vector.weight": torch.ones(64)}), "DoRA's magnitudes"),
         (tensors_with(**{"lm_head.base_layer.weight": torch.ones(4, 4)}), "with save_embedding_layers=False"),
         (tensors_with(**{f"{Q}.base_layer.weight": torch.ones(64, 65)}), r"has \[64, 65\] for .*another model"),
-        (tensors_with(**{f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}), "not finite"),
+        (tensors_with(**{f"{Q}.lora_B.weight": torch.full((64, 4), torch.nan)}), "NaN or infinite"),
         (tensors_with(**{f"{Q}.lora_B.weight": torch.ones(64, 4, dtype=torch.int32)}), "not a matrix of numbers"),
         ({f"{EXPERTS}.7.up_proj.lora_A.weight": torch.ones(4, 64),
           f"{EXPERTS}.7.up_proj.lora_B.weight": torch.ones(32, 4)}, "expert 7"),
