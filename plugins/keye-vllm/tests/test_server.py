@@ -86,11 +86,12 @@ def test_a_template_may_be_asked_for(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
-def test_behind_the_server_of_keye(log: Path) -> None:
+def test_behind_the_server_of_keye(tmp_path: Path) -> None:
     """`keye serve --engine vllm`: an upload, a question, a stream; what needs keye's own engine is 501."""
     limit = ("--engine-option=--max-model-len=8192", "--engine-option=--enforce-eager")
-    command = [sys.executable, "-m", "keye", "serve", "--port", str(vllm_nano.PORT), "--engine", "vllm", *limit]
-    with vllm_nano.running(command, log) as client:
+    port = vllm_nano.PORT + 1  # on the other one vLLM may still answer by itself
+    command = [sys.executable, "-m", "keye", "serve", "--port", str(port), "--engine", "vllm", *limit]
+    with vllm_nano.running(command, tmp_path / "log", port) as client:
         upload = client.files.create(file=asset("demo.mp4"), purpose="user_data")
         about: Any = [
             {
