@@ -61,9 +61,16 @@ def ask(http: Any, *ids: str, **fields: Any) -> Any:
 def replicas(pid: int) -> list[int]:
     """Processes of this server that have a model."""
     with_ray = [int(item.parent.name) for item in Path("/proc").glob("[0-9]*/cmdline") if is_actor(item)]
-    return with_ray or [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
+    return with_ray or [int(item.parent.name) for item in Path("/proc").glob("[0-9]*/stat") if parent_of(item) == pid]
+
+
+def parent_of(stat: Path) -> int | None:
+    """The parent of a process; None for one that has ended. (The kernel's list of children may leave some out while
+    others end.)"""
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def is_actor(command: Path) -> bool:
