@@ -17,6 +17,7 @@ from keye.config import KeyeConfig, VisionConfig, model_config_from_dict
 from keye.models.attention import cache_rows
 from keye.models.keye import KeyeModel
 from keye.ops.kv_blocks import RowSpec
+from keye.quant.policy import PARTS as QUANTISED_PARTS
 from keye.releases import Release
 from keye.weights.names import IGNORED
 
@@ -26,21 +27,14 @@ PACKING_TABLE = "visual.vision_model.embeddings.packing_position_embedding.weigh
 #: Bytes of an indexer key in the official float8 cache, beyond one for each of its numbers: the scale of the vector.
 FLOAT8_SCALE_BYTES = 4
 
-#: Parts of a model and the tensors that belong to each; the first match counts.
+#: Parts of a model and the tensors that belong to each; the first match counts. Those with matrices are the parts that
+#: quantisation knows.
 PARTS = (
     ("packing table (never read)", re.compile(r"\.packing_position_embedding\.")),
     ("pooling head (never read)", re.compile(r"^visual\.vision_model\.head\.")),
-    ("vision tower", re.compile(r"^visual\.")),
-    ("projector", re.compile(r"^mlp_AR\.")),
-    ("embeddings", re.compile(r"\.embed_tokens\.")),
-    ("indexer", re.compile(r"\.sa_indexer\.")),
-    ("attention", re.compile(r"\.self_attn\.")),
+    *QUANTISED_PARTS,
     ("router", re.compile(r"\.mlp\.gate\.")),
-    ("experts", re.compile(r"\.mlp\.experts\.")),
-    ("shared experts", re.compile(r"\.mlp\.shared_experts\.")),
-    ("dense layers", re.compile(r"\.mlp\.")),
     ("norms", re.compile(r"norm\.")),
-    ("head", re.compile(r"^lm_head\.")),
     ("other", re.compile(r"")),
 )
 

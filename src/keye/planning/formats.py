@@ -1,6 +1,6 @@
 """Bytes of a model's weights in each number format, from the shapes of its tensors: what `keye quantize` makes of them.
 
-Knows shapes and formats, no files and no machine.
+Knows shapes and the rules of `keye.quant.policy`, no files and no machine.
 """
 
 from __future__ import annotations
@@ -11,21 +11,13 @@ from collections.abc import Mapping
 from typing import Final, Literal, get_args
 
 from keye.models.outline import PARTS
+from keye.quant.policy import Policy, make_policy
 from keye.weights.names import IGNORED
 
 #: 16-bit weights, or the two formats that `keye.load(quant=...)` makes of them.
 WeightFormat = Literal["bf16", "int8", "int4"]
 WEIGHT_FORMATS: Final[tuple[WeightFormat, ...]] = get_args(WeightFormat)
-#: Columns that share a scale of int4, and bytes of a scale.
-GROUP: Final = 64
-_SCALE_BYTES: Final = 2
-#: Parts whose matrices keep 8 bits in an int4 model, and parts that are never quantised.
-_CAREFUL: Final = ("indexer", "vision tower", "projector")
-_PLAIN: Final = ("router", "norms", "other")
-#: Matrices that are no products of rows: in the vision tower the look-up of positions and the convolution of patches,
-#: in latent attention the weight that is used from both sides.
-_NOT_ROWS: Final = re.compile(r"\.embeddings\.|\.kv_b_proj\.")
-#: A fused tensor holds [experts, inputs, outputs]; the columns of a quantised row are its inputs.
+#: A fused tensor holds [experts, inputs, outputs]; a quantised one [experts, outputs, inputs].
 _FUSED: Final = re.compile(r"\.mlp\.experts\.(gate_up_proj|down_proj)$")
 
 
@@ -36,21 +28,18 @@ def part_of(name: str) -> str:
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], weights: WeightFormat) -> dict[str, int]:
     """Bytes of each part in `weights`, scales included; tensors that no forward pass reads are left out."""
+    policy = None if weights == "bf16" else make_policy(weights)
     total: dict[str, int] = {}
     for name, shape in shapes.items():
         if not IGNORED.search(name):
             part = part_of(name)
-            total[part] = total.get(part, 0) + tensor_bytes(name, shape, weights)
+            total[part] = total.get(part, 0) + tensor_bytes(name, shape, policy)
     return total
 
 
-def tensor_bytes(name: str, shape: tuple[int, ...], weights: WeightFormat) -> int:
-    """Bytes of one tensor: int8 has a scale for each row, int4 one for each 64 columns."""
-    part, numbers = part_of(name), math.prod(shape)
-    if weights == "bf16" or len(shape) < 2 or part in _PLAIN or _NOT_ROWS.search(name):
-        return 2 * numbers
-    columns = shape[-2] if _FUSED.search(name) else shape[-1]
-    rows = numbers // columns
-    if weights == "int8" or part in _CAREFUL:
-        return numbers + _SCALE_BYTES * rows
-    return rows * (math.ceil(columns / 2) + _SCALE_BYTES * math.ceil(columns / GROUP))
+def tensor_bytes(name: str, shape: tuple[int, ...], policy: Policy | None) -> int:
+    """Bytes of one tensor under a policy; without one, and where it stays as it is, 2 for each number."""
+    form = None if policy is None or len(shape) < 2 else policy.format_of(name)
+    if form is None:
+        return 2 * math.prod(shape)
+    return form.nbytes((*shape[:-2], shape[-1], shape[-2]) if _FUSED.search(name) else shape)
