@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import create_model
+from pydantic import TypeAdapter, create_model
 
 from keye.config import GenerationConfig, ProcessorConfig
 from keye.config.model import GENERATION_FIELDS
 from keye.planning.fleet_file import FleetFile
+from keye.train.recipes.family.config import FamilyConfig
 from keye.train.recipes.nano.config import NanoConfig
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
@@ -48,7 +49,7 @@ def make_schemas() -> dict[str, dict[str, Any]]:
     processor = [field.name for field in dataclasses.fields(ProcessorConfig) if field.name != "release"]
     pixels = {"min_pixels": (int | None, None), "max_pixels": (int | None, None)}
     return {
-        "train.json": NanoConfig.model_json_schema(),
+        "train.json": TypeAdapter(FamilyConfig | NanoConfig).json_schema(),
         "fleet.json": FleetFile.model_json_schema(),
         "generation_config.json": checkpoint_schema(
             "generation_config.json",

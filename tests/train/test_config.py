@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from keye.config import ConfigError
+from keye.train.config import StageConfig
 from keye.train.recipes import load_run
 from keye.train.recipes.nano.config import Mix
 
@@ -56,12 +57,12 @@ def test_reads_a_run(tmp_path):
         (RUN.replace("clips = 2", "clips = 0"), r"mix\[0\].clips is 0; it must be above 0"),
         (RUN.replace("questions = 3", "questions = 3, pictures = true"), "pictures are single frames; set frames = 1"),
         (RUN.replace('name = "one"\n', ""), r"stage\[0\].name is missing"),
-        (RUN.replace("steps = 3\n", ""), "stage 'one' needs steps or minutes"),
+        (RUN.replace("steps = 3\n", ""), "stage 'one' needs steps, minutes or epochs"),
         (RUN.replace("steps = 3", "steps = 0"), r"stage\[0\].steps is 0"),
         (HEADER + STAGE + "lr = -1.0\n" + NANO, r"stage\[0\].lr is -1.0; it must be above 0"),
         (HEADER + STAGE + "[stage.nano]\n", "needs a mix"),
         (RUN + 'kind = "sound"\n', "nano.kind is 'sound'; it must be one of 'vision' or 'language'"),
-        (HEADER + STAGE + 'trains = "nothing"\n' + NANO, "trains is 'nothing'"),
+        (HEADER + STAGE + 'trains = "nothing"\n' + NANO, "trains: 'nothing' is not a part; choose all, vision"),
         (HEADER + STAGE + 'attention = "spares"\n' + NANO, "it must be one of 'dense', 'warmup' or 'sparse'"),
         (RUN + 'kind = "vision"\n', 'set trains = "vision"'),
         (HEADER + STAGE + 'attention = "warmup"\n' + NANO, 'set trains = "indexer"'),
@@ -95,3 +96,31 @@ def test_the_recipe_of_nano_is_a_valid_configuration():
     config, _ = load_run(Path(__file__).parents[2] / "configs" / "nano.toml")
     assert [stage.attention for stage in config.stages] == ["dense", "dense", "dense", "warmup", "sparse"]
     assert (config.model / "config.json").is_file()
+
+
+def test_learning_rates_warm_up_stay_and_fall():
+    config = StageConfig(name="s", steps=100, warmup_steps=10, decay_fraction=0.5, final_lr=0.1)
+    factors = [config.lr_factor(step, step / 100) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == 1.0
+    assert factors[30] == factors[50] == 1.0
+    assert factors[75] == pytest.approx(0.5)
+    assert factors[99] == pytest.approx(0.1)
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[50:] == sorted(factors[50:], reverse=True)
+
+
+def test_a_cosine_falls_to_the_final_rate():
+    config = StageConfig(name="s", steps=100, warmup_steps=0, decay="cosine", decay_fraction=1.0, final_lr=0.05)
+    factors = [config.lr_factor(step, step / 100) for step in range(101)]
+    assert factors[0] == 1.0
+    assert factors[50] == pytest.approx((1 + 0.05) / 2)
+    assert factors[100] == pytest.approx(0.05)
+    assert factors == sorted(factors, reverse=True)
+
+
+def test_the_first_limit_that_is_reached_ends_a_stage():
+    config = StageConfig(name="s", steps=100, minutes=10, epochs=2)
+    assert config.share_done(25, 1.0, 0.1) == 0.25
+    assert config.share_done(25, 9.0, 0.1) == 0.9
+    assert config.share_done(25, 1.0, 2.0) == 1.0

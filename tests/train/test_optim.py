@@ -5,8 +5,6 @@ import torch
 from torch import nn
 
 from keye.errors import KeyeError
-from keye.train.config import StageConfig
-from keye.train.loop import schedule
 from keye.train.optim import Optimizer, is_muon_matrix, orthogonalise
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import tiny_config
@@ -136,15 +134,3 @@ def test_which_matrices_follow_muon():
     assert "visual.vision_model.encoder.layers.0.mlp.fc1.weight" in chosen
     for part in ("embed", "lm_head", ".mlp.gate.", "sa_indexer", "norm", "bias"):
         assert not any(part in name for name in chosen)
-
-
-def test_schedule_warms_up_stays_and_decays():
-    config = StageConfig(name="s", steps=100, warmup_steps=10, decay_fraction=0.5, final_lr=0.1)
-    factors = [schedule(config, step, step / 100) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1)
-    assert factors[9] == 1.0
-    assert factors[30] == factors[50] == 1.0
-    assert factors[75] == pytest.approx(0.5)
-    assert factors[99] == pytest.approx(0.1)
-    assert factors[:11] == sorted(factors[:11])
-    assert factors[50:] == sorted(factors[50:], reverse=True)

@@ -5,70 +5,148 @@ A recipe extends these models by tables of its own; what is here holds for every
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from keye.config.settings import Settings
 
-#: What a stage changes: "vision" (tower and projector), "decoder" (everything but the tower and the indexers; with
-#: sparse attention the indexers too), "indexer", or "all".
-Trains = Literal["vision", "decoder", "all", "indexer"]
+#: What `trains` and `freezes` name; everything else there is a pattern of parameter names. "vision" is the tower and
+#: the projector, "decoder" everything but these and, with dense attention, the indexers; "head" and "embeddings" are
+#: one matrix where a model ties them.
+PARTS = ("all", "vision", "tower", "projector", "decoder", "embeddings", "attention", "experts", "router", "dense",
+         "indexer", "norms", "head")  # fmt: skip
 #: `dense`: ordinary attention. `warmup`: the same, plus the indexer's KL against it over all causal keys.
 #: `sparse`: attention over the selected keys, plus the KL over that set.
 TrainMode = Literal["dense", "warmup", "sparse"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class StageConfig(Settings):
-    """One stage. It ends after `steps` steps or `minutes` minutes, whichever is set (and reached) first."""
+    """One stage. It ends after `steps` steps, `minutes` minutes or `epochs` passes over its data, whichever is set
+    (and reached) first."""
 
     name: str
     steps: int | None = Field(default=None, gt=0)
     minutes: float | None = Field(default=None, gt=0)
-    trains: Trains = "decoder"
-    """The part that changes: vision (tower and projector), decoder (all but the tower and, with dense attention, the
-    indexers), indexer, or all."""
+    epochs: float | None = Field(default=None, gt=0)
+    trains: str | Names = "decoder"
+    """What changes: a part or a list of parts (all, vision, tower, projector, decoder, embeddings, attention, experts,
+    router, dense, indexer, norms, head) or of patterns of parameter names, such as "model.layers.3.*"."""
+    freezes: str | Names = ()
+    """Parts or patterns of what `trains` names that stay as they are nevertheless."""
     attention: TrainMode = "dense"
     """How the decoder attends: dense, warmup (dense, with only the indexer's KL), sparse (over the selected keys, with
     the indexer's KL)."""
-    lr: float = Field(default=2e-3, gt=0)
-    """Learning rate of matrices (Muon)."""
-    adam_lr: float = Field(default=2e-3, gt=0)
-    """Learning rate of everything else (AdamW)."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """muon: Muon for hidden matrices at `lr`, AdamW for the rest at `adam_lr`. adamw: AdamW for everything at `lr`."""
+    lr: Rate = 2e-3
+    """Highest learning rate: of matrices with Muon, of everything with AdamW."""
+    adam_lr: Rate = 2e-3
+    """Learning rate of everything that Muon does not take."""
+    vision_lr: Rate | None = None
+    """Learning rate of the vision tower instead of the two."""
+    projector_lr: Rate | None = None
+    """Learning rate of the projector instead of the two."""
     warmup_steps: int = Field(default=50, ge=0)
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the learning rates fall over the last `decay_fraction` of the stage, to `final_lr` of their value."""
     decay_fraction: Share = 0.3
-    """Share of the stage over which the learning rates fall to `final_lr` of their value."""
     final_lr: Share = 0.02
+    weight_decay: Weight = 0.02
+    clip: Rate = 1.0
+    """Largest norm of the gradient; a larger one is scaled down."""
     balance: Weight = 0.01
     """Weight of the loss that spreads tokens over the experts."""
+    router_z: Weight = 0.0
+    """Weight of the loss that keeps the router's logits small."""
     indexer_kl: Weight = 1.0
-    weight_decay: Weight = 0.02
+    """Weight of the indexer's KL against one teacher, the attention averaged over all heads. The gradient is that of
+    lambda = indexer_kl / G in the papers' form, which sums over the G groups of key heads."""
+    eval_steps: int | None = Field(default=None, gt=0)
+    """Measure the loss of held-out data every so many steps, and at the end."""
 
-    def share_done(self, step: int, minutes: float) -> float:
-        """How much of the stage is done after so many steps and minutes: 0 at its start, 1 at its end."""
-        shares = (step / self.steps if self.steps else 0.0, minutes / self.minutes if self.minutes else 0.0)
-        return max(shares)
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """`trains` as a tuple."""
+        return (self.trains,) if isinstance(self.trains, str) else self.trains
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """`freezes` as a tuple."""
+        return (self.freezes,) if isinstance(self.freezes, str) else self.freezes
+
+    def share_done(self, step: int, minutes: float, epochs: float = 0.0) -> float:
+        """How much of the stage is done after so many steps, minutes and passes: 0 at its start, 1 at its end."""
+        limits = (self.steps, step), (self.minutes, minutes), (self.epochs, epochs)
+        return max((value / limit for limit, value in limits if limit), default=0.0)
+
+    def lr_factor(self, step: int, done: float) -> float:
+        """The factor of all learning rates in step number `step`, with the share `done` of the stage behind it: linear
+        warm-up, flat, then the decay."""
+        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        left = min(1.0, max(0.0, 1.0 - done) / max(1e-9, self.decay_fraction))
+        if self.decay == "linear":
+            return warmup * max(self.final_lr, left)
+        return warmup * (self.final_lr + (1 - self.final_lr) * (1 - math.cos(math.pi * left)) / 2)
+
+    @field_validator("trains", "freezes")
+    @classmethod
+    def _check_parts(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if name not in PARTS and not any(character in name for character in "*?[."):
+                known = ", ".join(PARTS)
+                raise ValueError(f"{name!r} is not a part; choose {known}, or a pattern such as model.layers.3.*")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> StageConfig:
-        if self.steps is None and self.minutes is None:
-            raise ValueError(f"stage {self.name!r} needs steps or minutes")
-        if self.attention == "warmup" and self.trains != "indexer":
+        if self.steps is None and self.minutes is None and self.epochs is None:
+            raise ValueError(f"stage {self.name!r} needs steps, minutes or epochs")
+        if self.attention == "warmup" and self.trained_parts != ("indexer",):
             raise ValueError('attention = "warmup" trains the indexer alone; set trains = "indexer"')
-        if self.trains == "indexer" and self.attention == "dense":
+        if "indexer" in self.trained_parts and self.attention == "dense":
             raise ValueError('dense attention gives the indexer nothing to learn; set attention = "warmup"')
         return self
+
+
+class ParallelSettings(Settings):
+    """How the processes of `torchrun` divide the work."""
+
+    shard: bool = True
+    """Shard weights, gradients and optimizer state over the processes (FSDP2); else each holds all of them."""
+    expert: int = Field(default=1, gt=0)
+    """Processes that divide the experts of a layer."""
+    tensor: int = Field(default=1, gt=0)
+    """Processes that divide each matrix."""
+    context: int = Field(default=1, gt=0)
+    """Processes that divide the tokens of a batch."""
+
+
+class LoraSettings(Settings):
+    """A LoRA adapter that is trained while the model stays as it is; written in PEFT's layout."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
+    """The adapter's output is scaled by alpha / rank."""
+    dropout: Share = 0.0
+    targets: str | Names = "all-linear"
+    """all-linear (every linear layer of the decoder), or names of layers such as q_proj."""
+    experts: bool = False
+    """Adapt the experts of mixtures too."""
 
 
 class TrainConfig(Settings):
     """A run. Relative paths are relative to the file's folder."""
 
-    recipe: str
-    """Where batches and losses come from: nano."""
+    recipe: str = "family"
+    """Where batches and losses come from: family (any checkpoint, data from files) or nano (keye-nano, synthetic)."""
     model: Path = Field(strict=False)
     """A folder whose config.json (and, unless `fresh`, weights) the run starts from."""
     output: Path = Field(strict=False)
@@ -86,9 +164,18 @@ class TrainConfig(Settings):
     """Processes that share a step, each with a batch of its own."""
     fused: bool = True
     """Compile element-wise operations."""
+    checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass instead of keeping them."""
+    quant: Literal["int8", "int4"] | None = None
+    """Quantise the model while it is loaded; only an adapter can be trained then."""
+    lora: LoraSettings | None = None
+    """Train an adapter instead of the weights."""
+    parallel: ParallelSettings = ParallelSettings()
     save_minutes: float = Field(default=5.0, gt=0)
     save_steps: int | None = Field(default=None, gt=0)
     """Save also every so many steps."""
+    keep: int | None = Field(default=None, gt=0)
+    """Checkpoints that are kept; older ones are removed."""
     log_seconds: float = 30.0
 
     @model_validator(mode="after")
@@ -98,4 +185,6 @@ class TrainConfig(Settings):
             raise ValueError(f"two stages are named {twice[0]!r}; give each a name of its own")
         if self.processes > 1 and self.device != "cpu":
             raise ValueError(f"processes is {self.processes}, but several processes train on the cpu only; set it to 1")
+        if self.quant is not None and self.lora is None:
+            raise ValueError(f'quant is "{self.quant}", but quantised weights cannot be trained; add [lora]')
         return self

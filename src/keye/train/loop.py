@@ -124,7 +124,7 @@ class Run:
             progress = self.group.agree(stage.share_done(clock.step, clock.seconds() / 60))
             if progress >= 1.0:
                 break
-            factor = schedule(stage, clock.step, progress)
+            factor = stage.lr_factor(clock.step, progress)
             # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
             torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "loss", clock.step, self.group.rank))
             objective.loss(self.model, move_batch(batch, self.model.device)).backward()
@@ -198,10 +198,3 @@ class Clock:
 def round_figure(value: float) -> float | None:
     """A figure of the log with four significant digits; None where it is not finite, which JSON cannot write."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
-
-
-def schedule(stage: StageConfig, step: int, progress: float) -> float:
-    """Learning-rate factor: linear warm-up, flat, then linear decay over the last `decay_fraction` of the stage."""
-    warmup = min(1.0, (step + 1) / max(1, stage.warmup_steps))
-    left = (1.0 - progress) / max(1e-9, stage.decay_fraction)
-    return warmup * max(stage.final_lr, min(1.0, left))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from keye.errors import KeyeError
 from keye.train.config import StageConfig
 from keye.train.parallel import Group
+from keye.train.parts import choose_parameters
 
 _COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046))  # fmt: skip
@@ -131,18 +132,7 @@ class Optimizer:
 
 def mark_trainable(model: nn.Module, stage: StageConfig) -> Iterator[tuple[str, nn.Parameter]]:
     """Marks and yields the parameters that a stage changes; everything else stays as it is."""
-    for name, parameter in model.named_parameters():
-        vision = name.startswith(("visual.", "mlp_AR."))
-        indexer = ".sa_indexer." in name
-        wanted = {
-            "vision": vision,
-            "indexer": indexer,
-            "decoder": not vision and (not indexer or stage.attention == "sparse"),
-            "all": not indexer or stage.attention == "sparse",
-        }[stage.trains]
-        parameter.requires_grad_(wanted)
-        if wanted:
-            yield name, parameter
+    yield from choose_parameters(model, stage).items()
 
 
 def adam_scale(name: str) -> float:

@@ -1,0 +1,182 @@
+"""The tables of the family's recipe: data, objective, lengths, and what single objectives need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from keye.config.settings import Settings
+from keye.train.config import Rate, Share, StageConfig, TrainConfig, Weight
+
+#: What a stage minimises; pairs and modes sample replies and write data for later stages, and change no weights.
+ObjectiveName = Literal["next_token", "siglip", "distill", "dpo", "mpo", "pairs", "modes"]
+#: Text forms that a sample's reply is brought to (`keye.train.modes`).
+ModeName = Literal["think", "no_think", "auto", "image", "video"]
+Count = Annotated[int, Field(gt=0)]
+
+
+class DataConfig(Settings):
+    """One data set."""
+
+    path: str
+    """A file or folder in any of the formats of docs/data-formats.md; `#2000` or `#50%` at its end draws a part.
+    `{output}` is the run's output folder, where earlier stages have written theirs."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often its samples are drawn, relative to the other sets."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Names of the file's fields by the names that keye expects."""
+    root: str | None = None
+    """The folder that relative paths of media start from; the file's own by default."""
+    mode: ModeName | None = None
+    """The mode of samples that name none."""
+
+
+class MediaConfig(Settings):
+    """Options of media whose samples set none."""
+
+    fps: Rate | None = None
+    nframes: Count | None = None
+    min_frames: Count | None = None
+    max_frames: Count | None = None
+    min_pixels: Count | None = None
+    max_pixels: Count | None = None
+    video_total_pixels: Count | None = None
+
+
+class SamplingConfig(Settings):
+    """How replies are sampled from the model in training."""
+
+    replies: int = Field(default=4, gt=0)
+    """Replies to each prompt."""
+    temperature: Weight = 1.0
+    top_p: Share = 1.0
+    max_tokens: int = Field(default=512, gt=0)
+    prompts: Count | None = None
+    """Prompts that are sampled in all; every sample of the data by default."""
+
+
+class JudgeConfig(Settings):
+    """A model behind an OpenAI-compatible endpoint that grades replies beside the rules."""
+
+    url: str
+    model: str
+    weight: Weight = 1.0
+    """Of its grade, 0 to 1, beside the rules'."""
+    key_file: Path | None = Field(default=None, strict=False)
+    """A file that holds the key of the endpoint."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds that an answer may take."""
+
+
+class SiglipConfig(Settings):
+    """The text tower that vision pre-training compares pictures with; it is not kept."""
+
+    width: int = Field(default=768, gt=0)
+    layers: int = Field(default=12, gt=0)
+    heads: int = Field(default=12, gt=0)
+    tokens: int = Field(default=64, gt=0)
+    """Tokens of a caption that count; longer ones are cut."""
+    temperature: float = Field(default=10.0, gt=0)
+    """Scale of the similarities in the beginning."""
+    bias: float = -10.0
+
+    @model_validator(mode="after")
+    def _check(self) -> SiglipConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which {self.heads} heads do not divide; choose a multiple")
+        return self
+
+
+class DistillConfig(Settings):
+    """On-policy distillation: the student's own replies under the probabilities of a stronger teacher."""
+
+    teacher: Path = Field(strict=False)
+    """The teacher's folder; its tokenizer must be the student's."""
+    form: Literal["sampled", "topk"] = "topk"
+    """sampled: reverse KL by the tokens that were sampled. topk: summed over tokens that both rank high."""
+    topk: int = Field(default=20, gt=0)
+    least_mass: Share = 0.9
+    """topk: where the student's probability of the shared tokens is less, the sampled token is used."""
+
+
+class PreferenceConfig(Settings):
+    """Losses over pairs of replies. Weights are those of InternVL's mixed preference optimisation."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the model is held to its weights at the stage's beginning."""
+    preference: Weight = 0.8
+    """Weight of DPO's loss (mpo)."""
+    quality: Weight = 0.2
+    """Weight of BCO's loss (mpo)."""
+    next_token: Weight = 1.0
+    """Weight of the better reply's next-token loss (mpo)."""
+
+
+class FamilyStage(StageConfig):
+    """A stage over data from files."""
+
+    objective: ObjectiveName = "next_token"
+    data: tuple[DataConfig, ...] = Field(min_length=1, strict=False)
+    val_data: tuple[DataConfig, ...] = Field(default=(), strict=False)
+    """Held-out data whose loss is measured."""
+    media: MediaConfig = MediaConfig()
+    max_tokens: int = Field(default=8192, gt=0)
+    """Most tokens of a pack, and so of a sample."""
+    batch: int = Field(default=1, gt=0)
+    """Packs of a step over all processes; samples where `packing` is false."""
+    packing: bool = True
+    """Put several samples into one pack; they do not see one another."""
+    too_long: Literal["error", "drop"] = "error"
+    """What happens to a sample of more than `max_tokens`: an error, or it is dropped and counted. None is cut."""
+    context: Count | None = None
+    """Change the longest context of the model, in tokens (`max_position_embeddings`)."""
+    rope_theta: Rate | None = None
+    """Change the base of the rotary positions."""
+    topk: Count | None = None
+    """Change the number of keys that sparse attention selects."""
+    optimizer: Literal["muon", "adamw"] = "adamw"
+    lr: Rate = 1e-5
+    adam_lr: Rate = 1e-5
+    decay: Literal["linear", "cosine"] = "cosine"
+    decay_fraction: Share = 1.0
+    final_lr: Share = 0.1
+    weight_decay: Weight = 0.1
+    siglip: SiglipConfig = SiglipConfig()
+    distill: DistillConfig | None = None
+    preference: PreferenceConfig = PreferenceConfig()
+    sampling: SamplingConfig | None = None
+    """distill, pairs, modes: how replies are sampled. dpo, mpo: sample the pairs from the prompts of the data first."""
+    judge: JudgeConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_trains(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("objective") == "siglip":
+            return {"trains": "tower", **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> FamilyStage:
+        if self.objective == "distill" and self.distill is None:
+            raise ValueError('objective = "distill" needs a teacher; add [stage.distill] with teacher = "FOLDER"')
+        if self.objective == "siglip" and (set(self.trained_parts) - {"tower"} or self.attention != "dense"):
+            raise ValueError('objective = "siglip" trains the vision tower alone; set trains = "tower"')
+        if self.attention == "warmup" and self.objective != "next_token":
+            raise ValueError(
+                f'attention = "warmup" learns from the data\'s texts; leave objective "{self.objective}" out'
+            )
+        return self
+
+    @property
+    def rollout(self) -> SamplingConfig:
+        """How replies are sampled, by default too."""
+        return self.sampling or SamplingConfig()
+
+
+class FamilyConfig(TrainConfig):
+    """A run with `recipe = "family"`, the default."""
+
+    recipe: Literal["family"] = "family"
+    stages: tuple[FamilyStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
