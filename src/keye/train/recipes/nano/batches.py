@@ -33,7 +33,16 @@ from keye.data.frameforge import (
 from keye.media.positions import build_position_ids
 from keye.media.sizes import compute_frame_sizes
 from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
-from keye.train.recipes.nano.evidence import Array, Comparison, Events, Pointer, PointerMaker, TrunkLayout, events_of
+from keye.train.recipes.nano.evidence import (
+    Array,
+    Comparison,
+    Events,
+    Finding,
+    Pointer,
+    PointerMaker,
+    TrunkLayout,
+    events_of,
+)
 
 IGNORE = -100
 #: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
@@ -69,6 +78,7 @@ class PackedBatch(Generic[Array]):
     layout: TrunkLayout
     pointers: tuple[Pointer, ...]
     comparisons: tuple[Comparison, ...]
+    findings: tuple[Finding, ...]
     events: Events[Array]
 
 
@@ -160,6 +170,7 @@ class BatchMaker:
         layout = TrunkLayout(prefix, text, cells, columns, clips[0].frames, length)
         pointers: list[Pointer] = []
         comparisons: list[Comparison] = []
+        findings: list[Finding] = []
         for row, items in enumerate(rendered):
             for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
                 answer = start + len(head) - 1
@@ -169,6 +180,8 @@ class BatchMaker:
                 answers.append(AnswerSpan(row, answer, stop, question))
                 if compared := self.pointers.comparison(clips[row], question, head, row, start):
                     comparisons.append(compared)
+                if finding := self.pointers.finding(clips[row], question, head, row, start):
+                    findings.append(finding)
                 pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
                 pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
         positions = np.concatenate(
@@ -177,7 +190,7 @@ class BatchMaker:
         frames = np.stack([_resize(render(clip), size) for clip in clips])
         time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
-                           layout, tuple(pointers), tuple(comparisons), events_of(clips))  # fmt: skip
+                           layout, tuple(pointers), tuple(comparisons), tuple(findings), events_of(clips))  # fmt: skip
 
     def _trunk(self, clip: Clip, pictures: bool, cells: int) -> tuple[list[int], list[list[int]]]:
         """The trunk of a video with the tokens of its times, or that of an image, which has none."""

@@ -61,6 +61,9 @@ class NanoTable(Settings):
     """Weight of the helper loss by which attention heads look where the evidence lies."""
     events: Weight = 0.0
     """Weight of the helper loss by which the token after a frame says what is shown and what has changed."""
+    tracking: Weight = 0.0
+    """Weight of the helper loss by which questions know where their object is, how it moves, how big it is and whether
+    it comes back, and by which the token after a frame says what has come back and whether the background changes."""
 
     @field_validator("split")
     @classmethod

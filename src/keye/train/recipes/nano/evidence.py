@@ -19,13 +19,17 @@ from numpy.typing import NDArray
 
 from keye.data.frameforge import Clip, Question
 from keye.data.frameforge.labels import BACKGROUND_IDS
+from keye.data.frameforge.scene import SceneObject
 from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 
 #: `time`: the last token of a time in a question, at that frame. `first`, `last`: the last token of an object's name,
 #: at the frame where it first appears and where it is last seen. `start`, `end`: the tokens that predict a time of the
 #: answer, at the frame of that time; those that predict which of two objects comes first, at its first frame. `letter`:
-#: the token that predicts a letter, at the cell that shows it.
-PointerKind = Literal["time", "first", "last", "start", "end", "letter"]
+#: the token that predicts a letter, at the cell that shows it. `cell`: the token that predicts a place or a size, at
+#: the cells of the object's centre. `from`, `to`: the name in a question about a direction, at that cell of the first
+#: and of the last frame. `again`: the name in a question about how often, at the frame where the object comes last.
+PointerKind = Literal["time", "first", "last", "start", "end", "letter", "cell", "from", "to", "again"]
+FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
 UNNAMED = -100
 COLOR_RANK = {color: rank for rank, color in enumerate(COLORS)}
@@ -59,14 +63,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Token `place` of the tail of sequence `row` knows `values` of the object that its question is about: place, x and
+    y from the middle of the frame, -1 to 1 at its edges; direction, how far it moves in x and y, in the same unit;
+    size, 1 for big; times, 1 for twice."""
+
+    kind: FindingKind
+    row: int
+    place: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Events(Generic[Array]):
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
     bool [B, F, 3] the same of rendered text, `background` int64 [B, F] (`UNNAMED` for textures), `cut` bool [B, F],
     whether the background changes. Everything in the first frame appeared. `so_far` bool [B, F, 8, 5]: the objects seen
-    up to each frame, by their first colour."""
+    up to each frame, by their first colour; `again` those that have appeared twice."""
 
     pairs: Array
     so_far: Array
+    again: Array
     text: Array
     background: Array
     cut: Array
@@ -76,13 +93,16 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
     """The events of clips of equally many frames."""
     frames = clips[0].frames
     seen = np.zeros((len(clips), frames, len(COLORS), len(SHAPES)), bool)
-    so_far = np.zeros_like(seen)
+    so_far, again = np.zeros_like(seen), np.zeros_like(seen)
     text = np.zeros((len(clips), frames), bool)
     background = np.zeros((len(clips), frames), np.int64)
     cut = np.zeros((len(clips), frames), bool)
     for row, clip in enumerate(clips):
         for thing in clip.scene.objects:
-            so_far[row, thing.first :, COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]] = True
+            pair = COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]
+            so_far[row, thing.first :, *pair] = True
+            if len(thing.intervals) > 1:
+                again[row, thing.intervals[1][0] :, *pair] = True
         for frame in range(frames):
             for thing in clip.scene.visible_objects(frame):
                 seen[row, frame, COLOR_RANK[thing.color_at(frame)], SHAPE_RANK[thing.shape]] = True
@@ -90,7 +110,7 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
             background[row, frame] = BACKGROUND_IDS.get(clip.scene.background_at(frame).color, UNNAMED)
         for start in clip.scene.backgrounds[1:]:
             cut[row, start.frame] = True
-    return Events(_with_changes(seen), so_far, _with_changes(text), background, cut)
+    return Events(_with_changes(seen), so_far, again, _with_changes(text), background, cut)
 
 
 def _with_changes(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -110,6 +130,13 @@ class TrunkLayout:
     columns: int
     frames: int
     length: int
+
+    def cell(self, clip: Clip, thing: SceneObject, frame: int) -> tuple[int, int]:
+        """The visual token in whose cell the centre of `thing` lies in `frame`, as a span."""
+        (x, y), (width, height) = thing.position(frame), clip.scene.canvas
+        row, column = int(y * (self.cells // self.columns) / height), int(x * self.columns / width)
+        place = self.visual(frame) + row * self.columns + column
+        return place, place + 1
 
     def visual(self, frame: int) -> int:
         """The first visual token of `frame`."""
@@ -151,6 +178,12 @@ class PointerMaker:
                     yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
                     if thing.change is None:
                         yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
+                    if question.task == "direction":
+                        yield Pointer("from", row, place, thing.first, (layout.cell(clip, thing, thing.first),))
+                        yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
+                    if question.task == "times":
+                        begin = thing.intervals[-1][0]
+                        yield Pointer("again", row, place, begin, (layout.span(begin),))
 
     def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
         """The comparison that a question about order asks for, None for any other question."""
@@ -164,6 +197,25 @@ class PointerMaker:
         ]
         (_, first), (place, second) = named
         return Comparison(row, start + place, second > first)
+
+    def finding(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Finding | None:
+        """What a question about a place, a size, a direction or how often something appears has to find out, None for
+        any other question. The first two are known where the answer is predicted, the others where the name ends."""
+        if question.task not in ("place", "direction", "size", "times"):
+            return None
+        thing, frames = _subject(clip, question)
+        last = start + len(head) - 1
+        if question.task == "size":
+            return Finding("size", row, last, (float(thing.size == "big"),))
+        (x, y), (width, height) = thing.position(frames[0]), clip.scene.canvas
+        if question.task == "place":
+            return Finding("place", row, last, (2 * x / width - 1, 2 * y / height - 1))
+        pair = [self._color[thing.color], self._shape[thing.shape]]
+        name = start + next(index for index in range(1, len(head)) if head[index - 1 : index + 1] == pair)
+        if question.task == "times":
+            return Finding("times", row, name, (float(len(thing.intervals) > 1),))
+        to_x, to_y = thing.position(thing.last)
+        return Finding("direction", row, name, (2 * (to_x - x) / width, 2 * (to_y - y) / height))
 
     def of_answer(
         self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int
@@ -182,6 +234,9 @@ class PointerMaker:
             first = min(thing.first for thing in clip.scene.objects if thing.name in question.text)
             for index in range(len(tail) - 1):
                 yield Pointer("start", row, start + index, first, (layout.span(first),))
+        if question.task in ("place", "size"):
+            thing, frames = _subject(clip, question)
+            yield Pointer("cell", row, start, frames[0], tuple(layout.cell(clip, thing, frame) for frame in frames))
         if question.task == "read":
             yield from self._of_text(clip, layout, tail, row, start)
 
@@ -198,3 +253,15 @@ class PointerMaker:
             spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1)
                           for frame in frames for cell in parts)  # fmt: skip
             yield Pointer("letter", row, start + index, frames[0], spans)
+
+
+def _subject(clip: Clip, question: Question) -> tuple[SceneObject, list[int]]:
+    """The object that a question names, by the colour it has there, and the frames that the question is about."""
+    named = _TIME.search(question.text)
+    if named is not None:
+        frames = [clip.timestamps.index(float(named[1]))]
+        thing = next(thing for thing in clip.scene.visible_objects(frames[0]) if thing.name in question.text)
+    else:
+        thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
+        frames = [frame for first, last in thing.intervals for frame in range(first, last + 1)]
+    return thing, frames

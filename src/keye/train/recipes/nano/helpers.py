@@ -1,15 +1,16 @@
 """Helper losses of language training: supervision that FrameForge's exact knowledge gives for free.
 
-Three of them, each with a weight in the stage: tokens name the times they belong to (`time_binding`), attention heads
-look where the evidence lies (`pointing`), the token after a frame says what it shows and what changed (`events`). Their
-heads are thrown away; inference knows nothing of them.
+Four of them, each with a weight in the stage: tokens name the times they belong to (`time_binding`), attention heads
+look where the evidence lies (`pointing`), the token after a frame says what it shows and what changed (`events`),
+questions know where their object is, how it moves, how big it is and whether it comes back (`tracking`). Their heads
+are thrown away; inference knows nothing of them.
 
 Legend: B clips, F frames, d model width, n pointers of a kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from keye.models.keye import KeyeModel
 from keye.train.packed import AttentionHint, PackedStep
 from keye.train.recipes.nano.batches import PackedBatch
 from keye.train.recipes.nano.config import NanoTable
-from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Pointer, PointerKind
+from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, FindingKind, Pointer, PointerKind
 
 #: Which head of which layer (as a share of all layers) each kind of pointer is shown to. The first come early: answers
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
+    "cell": (0.67, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -38,6 +40,12 @@ RARE = 3.0
 #: Frame numbers are learnt in units of this many frames; their squared errors count as much as this many pairs.
 FRAME_UNIT, FRAME_WEIGHT = 16.0, 10.0
 COMPARE_WEIGHT = 4.0
+#: Columns of the head that reads findings.
+FINDINGS: dict[FindingKind, slice] = {
+    "place": slice(0, 2), "direction": slice(2, 4), "size": slice(4, 5), "times": slice(5, 6),
+}  # fmt: skip
+#: Findings that are yes or no; the others are numbers, whose squared errors count more.
+YES_NO_FINDINGS, NUMBER_WEIGHT = ("size", "times"), 4.0
 
 Record = Callable[[str, float, float], None]
 
@@ -76,6 +84,9 @@ class Helpers(nn.Module):
             self.text = nn.Linear(width, 2)
             self.so_far = PairHead(width, 1)
             self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
+        if config.tracking:
+            self.again, self.cut = PairHead(width, 1), nn.Linear(width, 1)
+            self.findings = nn.Linear(width, 6)
         self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
     def _layer(self, depth: float) -> int:
@@ -113,6 +124,8 @@ class Helpers(nn.Module):
             total = total + self.config.pointing * hint
         if self.config.events:
             total = total + self.config.events * self._events(batch, step)
+        if self.config.tracking:
+            total = total + self.config.tracking * self._track(batch, step)
         return total
 
     def _hidden(self, step: PackedStep, depth: float, batch: PackedBatch[Tensor]) -> Tensor:
@@ -211,6 +224,31 @@ class Helpers(nn.Module):
         self.record("which comes later", float(((logits > 0) == later).sum()), len(later))
         return COMPARE_WEIGHT * F.binary_cross_entropy_with_logits(logits, later.float())
 
+    def _track(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+        """What the token after each frame knows of cuts and of objects that come back, questions of their object."""
+        after = [batch.layout.after(frame) for frame in range(batch.layout.frames)]
+        again = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
+        loss = self.pair_loss(self.again(again), batch.events.again.flatten(0, 1).unsqueeze(1), "seen again")
+        x = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1)
+        cut, target = self.cut(F.rms_norm(x.float(), x.shape[-1:])).squeeze(-1), batch.events.cut.flatten()
+        self.record("cut", float((cut > 0)[target].sum()), float(target.sum()))
+        rare = torch.tensor(RARE, device=cut.device)
+        loss = loss + 2 * F.binary_cross_entropy_with_logits(cut, target.float(), pos_weight=rare)
+        late = self._hidden(step, COMPARE_DEPTH, batch)
+        for kind, columns in FINDINGS.items():
+            if found := [finding for finding in batch.findings if finding.kind == kind]:
+                x = late[_rows_and_places(found, batch.layout.length, late.device)]
+                out = self.findings(F.rms_norm(x.float(), x.shape[-1:]))[:, columns]
+                values = torch.tensor([finding.values for finding in found], device=out.device)
+                if kind in YES_NO_FINDINGS:
+                    self.record(f"finds {kind}", float(((out > 0) == (values > 0.5)).sum()), len(found))
+                    loss = loss + F.binary_cross_entropy_with_logits(out, values)
+                else:
+                    error = (out - values).pow(2).mean()
+                    self.record(f"error of {kind}", float(error.detach().sqrt()), 1.0)
+                    loss = loss + NUMBER_WEIGHT * error
+        return loss
+
     def pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
         """Binary cross-entropy, summed over kinds and trained pairs, averaged over rows; the log gets the share of rows
         with something in them that are right in every pair."""
@@ -227,7 +265,7 @@ def _of_kind(batch: PackedBatch[Tensor], kind: PointerKind) -> list[Pointer]:
     return [pointer for pointer in batch.pointers if pointer.kind == kind]
 
 
-def _rows_and_places(pointers: list[Pointer], trunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _rows_and_places(pointers: Sequence[Pointer | Finding], trunk: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sequence and place, counted from the start of the sequence, of each pointer's token."""
     rows, places = [p.row for p in pointers], [p.place + trunk for p in pointers]
     return torch.tensor(rows, device=device), torch.tensor(places, device=device)
