@@ -142,3 +142,72 @@ def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed)
         head = batch.tail_ids[0, compared.place - 1 : compared.place + 1].tolist()
         assert batch_maker(NANO).tokenizer.decode(head).strip() == second.name
         assert compared.later == (second.first > first.first)
+
+
+def asked(task, seeds=range(40)):
+    """Clips, questions and batches of clips that support questions of `task`."""
+    for seed in seeds:
+        if questions(make_clip(seed, frames=10, objects=4), random.Random(0), 1, tasks=[task]):
+            yield packed(seed, [task])
+
+
+def test_places_and_sizes_point_at_the_cells_of_their_object():
+    sizes, checked = {0.0: "small", 1.0: "big"}, 0
+    for task in ("place", "size"):
+        for clip, chosen, batch in asked(task):
+            pointers = [pointer for pointer in batch.pointers if pointer.kind == "cell"]
+            assert [pointer.place for pointer in pointers] == [answer.start for answer in batch.answers]
+            assert [finding.place for finding in batch.findings] == [answer.start for answer in batch.answers]
+            for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
+                labels = dense_labels(clip, pointer.frame)
+                cell = pointer.spans[0][0] - batch.layout.visual(pointer.frame)
+                row, column = divmod(cell, batch.layout.columns)
+                name = f"{list(COLORS)[labels.color[row, column] - 1]} {SHAPES[labels.shape[row, column] - 1]}"
+                assert name in question.text
+                if task == "size":
+                    assert sizes[finding.values[0]] == question.answer
+                    frames = {frame for thing in clip.scene.objects if thing.name == name for frame in range(10) if
+                              thing.visible(frame)}  # fmt: skip
+                    assert set(shown_frames(batch, pointer)) == frames
+                else:
+                    horizontal = question.answer in ("left", "right")
+                    assert (finding.values[not horizontal] > 0) == (question.answer in ("right", "bottom"))
+                checked += 1
+    assert checked > 50
+
+
+def test_directions_point_at_where_their_object_comes_from_and_goes_to():
+    signs = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}
+    checked = 0
+    for clip, chosen, batch in asked("direction"):
+        kinds = [[p for p in batch.pointers if p.kind == kind] for kind in ("from", "to")]
+        for begin, end, finding, question in zip(*kinds, batch.findings, chosen, strict=True):
+            thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
+            assert (begin.frame, end.frame) == (thing.first, thing.last)
+            assert begin.place == end.place == finding.place
+            axis, sign = signs[question.answer]
+            assert finding.values[axis] * sign > 0.2
+            assert abs(finding.values[1 - axis]) < 1e-6
+            cells = [pointer.spans[0][0] - batch.layout.visual(pointer.frame) for pointer in (begin, end)]
+            rows_and_columns = [divmod(cell, batch.layout.columns) for cell in cells]
+            moved = [b - a for a, b in zip(*rows_and_columns, strict=True)]
+            assert moved[1 - axis] * sign > 0
+            assert moved[axis] == 0
+            checked += 1
+    assert checked > 10
+
+
+def test_names_that_are_counted_point_at_the_last_appearance():
+    answers = set()
+    for clip, chosen, batch in asked("times"):
+        pointers = [pointer for pointer in batch.pointers if pointer.kind == "again"]
+        for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
+            thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
+            assert pointer.frame == thing.intervals[-1][0]
+            assert finding.values == (float(question.answer == "2"),)
+            again = batch.events.again[0, :, list(COLORS).index(thing.color), SHAPES.index(thing.shape)]
+            assert again.any() == (question.answer == "2")
+            if again.any():
+                assert int(again.argmax()) == pointer.frame
+            answers.add(question.answer)
+    assert answers == {"1", "2"}

@@ -135,6 +135,29 @@ def test_helper_losses_are_learnt():
     assert after["loss"] < before["loss"]
 
 
+def test_findings_are_learnt():
+    """The tokens that know where, which way, how big and how often do so after a few steps on one batch."""
+    tasks = {"place": 20.0, "direction": 20.0, "size": 40.0, "times": 40.0}
+    mix = (Mix(frames=9, clips=6, questions=10),)
+    config = nano_stage("findings", steps=1, mix=mix, pointing=0.5, tracking=0.5, task_weights=tasks)
+    model = tiny_model().model
+    torch.manual_seed(0)
+    stage = NANO_RECIPE.make_objective(config, model)
+    heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
+    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
+    batch = make_tensors(config, 1)
+    assert {finding.kind for finding in batch.findings} == set(tasks)
+    before, after = None, None
+    for _ in range(12):
+        stage.loss(model, batch).backward()
+        optimizer.step(2e-2, 1e-2)
+        after = stage.figures.take()
+        before = before or after
+    assert {f"looks at {kind}" for kind in ("cell", "from", "to", "again")} <= set(after)
+    assert after["error of place"] < before["error of place"]
+    assert after["finds size"] + after["finds times"] > before["finds size"] + before["finds times"]
+
+
 def test_helpers_without_weights_have_no_heads_and_no_loss():
     stage, model = NANO_RECIPE.make_objective(STAGES["sparse"], tiny_model().model), tiny_model().model
     batch = make_tensors(STAGES["sparse"], 1)
