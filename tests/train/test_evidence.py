@@ -144,7 +144,7 @@ def test_the_order_of_two_objects_points_at_the_first_frame_of_the_earlier(seed)
         assert compared.later == (second.first > first.first)
 
 
-def asked(task, seeds=range(40)):
+def batches_about(task, seeds=range(40)):
     """Clips, questions and batches of clips that support questions of `task`."""
     for seed in seeds:
         if questions(make_clip(seed, frames=10, objects=4), random.Random(0), 1, tasks=[task]):
@@ -154,7 +154,7 @@ def asked(task, seeds=range(40)):
 def test_places_and_sizes_point_at_the_cells_of_their_object():
     sizes, checked = {0.0: "small", 1.0: "big"}, 0
     for task in ("place", "size"):
-        for clip, chosen, batch in asked(task):
+        for clip, chosen, batch in batches_about(task):
             pointers = [pointer for pointer in batch.pointers if pointer.kind == "cell"]
             assert [pointer.place for pointer in pointers] == [answer.start for answer in batch.answers]
             assert [finding.place for finding in batch.findings] == [answer.start for answer in batch.answers]
@@ -179,7 +179,7 @@ def test_places_and_sizes_point_at_the_cells_of_their_object():
 def test_directions_point_at_where_their_object_comes_from_and_goes_to():
     signs = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}
     checked = 0
-    for clip, chosen, batch in asked("direction"):
+    for clip, chosen, batch in batches_about("direction"):
         kinds = [[p for p in batch.pointers if p.kind == kind] for kind in ("from", "to")]
         for begin, end, finding, question in zip(*kinds, batch.findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
@@ -199,7 +199,7 @@ def test_directions_point_at_where_their_object_comes_from_and_goes_to():
 
 def test_names_that_are_counted_point_at_the_last_appearance():
     answers = set()
-    for clip, chosen, batch in asked("times"):
+    for clip, chosen, batch in batches_about("times"):
         pointers = [pointer for pointer in batch.pointers if pointer.kind == "again"]
         for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)

@@ -236,12 +236,12 @@ class Helpers(nn.Module):
         loss = loss + 2 * F.binary_cross_entropy_with_logits(cut, target.float(), pos_weight=rare)
         late = self._hidden(step, COMPARE_DEPTH, batch)
         for kind, columns in FINDINGS.items():
-            if found := [finding for finding in batch.findings if finding.kind == kind]:
-                x = late[_rows_and_places(found, batch.layout.length, late.device)]
+            if named := [finding for finding in batch.findings if finding.kind == kind]:
+                x = late[_rows_and_places(named, batch.layout.length, late.device)]
                 out = self.findings(F.rms_norm(x.float(), x.shape[-1:]))[:, columns]
-                values = torch.tensor([finding.values for finding in found], device=out.device)
+                values = torch.tensor([finding.values for finding in named], device=out.device)
                 if kind in YES_NO_FINDINGS:
-                    self.record(f"finds {kind}", float(((out > 0) == (values > 0.5)).sum()), len(found))
+                    self.record(f"finds {kind}", float(((out > 0) == (values > 0.5)).sum()), len(named))
                     loss = loss + F.binary_cross_entropy_with_logits(out, values)
                 else:
                     error = (out - values).pow(2).mean()
