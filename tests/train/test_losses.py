@@ -1,4 +1,4 @@
-"""The three loss terms and how an algorithm weighs them."""
+"""Losses of tokens, routers and pictures against naive versions, and how an algorithm weighs terms."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from keye.train import losses
 from keye.train.algorithms.sft import SupervisedFineTuning
-from keye.train.losses import Samples, TokenWeights, token_loss
+from keye.train.losses import (
+    Samples,
+    TokenWeights,
+    load_balance,
+    router_z,
+    siglip_loss,
+    token_log_probs,
+    token_loss,
+)  # fmt: skip
 
 
 @dataclass
@@ -78,3 +87,81 @@ def test_terms_add_up() -> None:
     torch.testing.assert_close(
         token_loss(logits, targets, Fixed(TokenWeights(weights, weights, weights)), reference), torch.stack(parts).sum()
     )
+
+
+@pytest.mark.parametrize("width", [0, 3])
+@pytest.mark.parametrize("most", [1 << 25, 24])
+def test_log_probabilities_in_parts_are_those_of_all_logits(monkeypatch, most: int, width: int) -> None:
+    monkeypatch.setattr(losses, "MAX_LOGITS", most)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.nn.Linear(5, 11, bias=False)
+    hidden = torch.randn(7, 5, generator=generator)
+    ids = torch.randint(11, (7, width) if width else (7,), generator=generator)
+    weights = torch.rand(ids.shape, generator=generator)
+    results = []
+    for project in ("parts", "naive"):
+        x = hidden.clone().requires_grad_()
+        head.weight.grad = None
+        if project == "parts":
+            values = token_log_probs(head, x, ids)
+        else:
+            values = head(x).log_softmax(-1).gather(1, ids.view(7, -1)).view(ids.shape)
+        (weights * values).sum().backward()
+        results.append((values.detach(), x.grad, head.weight.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_logits_in_parts_are_never_held_together(monkeypatch) -> None:
+    monkeypatch.setattr(losses, "MAX_LOGITS", 1 << 12)
+    head, largest = torch.nn.Linear(4, 256, bias=False), []
+
+    def project(hidden: Tensor) -> Tensor:
+        logits = head(hidden)
+        largest.append(logits.numel())
+        return logits
+
+    hidden = torch.randn(100, 4, requires_grad=True)
+    token_log_probs(project, hidden, torch.arange(100)).sum().backward()
+    assert max(largest) <= 1 << 12
+    assert hidden.grad is not None and bool((hidden.grad != 0).any(1).all())
+
+
+def test_no_tokens_are_a_loss_of_zero_with_a_gradient() -> None:
+    hidden = torch.randn(0, 5, requires_grad=True)
+    values = token_log_probs(torch.nn.Linear(5, 11), hidden, torch.zeros(0, dtype=torch.int64))
+    values.sum().backward()
+    assert values.shape == (0,)
+
+
+def test_the_loss_of_load_is_least_for_equal_use() -> None:
+    logits = torch.randn(12, 4)
+    chosen = logits.topk(2).indices
+    naive = 4 * sum(
+        float((chosen == expert).float().sum() / 24) * float(logits.softmax(-1)[:, expert].mean())
+        for expert in range(4)
+    )
+    assert float(load_balance(logits, chosen)) == pytest.approx(naive)
+    even = torch.zeros(4, 4)
+    assert float(load_balance(even, torch.arange(4).view(4, 1))) == pytest.approx(1.0)
+    crowded = torch.tensor([[9.0, 0, 0, 0]] * 4)
+    assert float(load_balance(crowded, torch.zeros(4, 1, dtype=torch.int64))) > 3.9
+
+
+def test_the_z_loss_is_the_mean_square_of_log_partition() -> None:
+    logits = torch.randn(12, 4)
+    naive = sum(float(row.exp().sum().log()) ** 2 for row in logits) / 12
+    assert float(router_z(logits)) == pytest.approx(naive, rel=1e-5)
+
+
+def test_the_sigmoid_loss_of_pictures_and_captions() -> None:
+    generator = torch.Generator().manual_seed(2)
+    images, texts = torch.randn(5, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    scale, bias = torch.tensor(2.0), torch.tensor(-3.0)
+    naive = 0.0
+    for i in range(5):
+        for j in range(5):
+            similarity = torch.cosine_similarity(images[i], texts[j], dim=0)
+            logit = similarity * scale.exp() + bias
+            naive -= float(F.logsigmoid(logit if i == j else -logit)) / 5
+    assert float(siglip_loss(images, texts, scale, bias)) == pytest.approx(naive, rel=1e-5)
+    assert float(siglip_loss(images, 2 * images, scale, bias)) < naive

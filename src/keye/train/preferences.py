@@ -1,0 +1,55 @@
+"""Losses over pairs of replies to one prompt, from the log-probabilities that whole replies have.
+
+Legend: w the reply that won, l the one that lost; r = beta * (log p(reply) - log p_ref(reply)), its implied reward, p
+the model in training and p_ref the model at the stage's beginning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """n pairs: log-probabilities of whole replies float32 [n], by the model (with gradient) and by the reference."""
+
+    chosen: Tensor
+    rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
+
+    def rewards(self, beta: float) -> tuple[Tensor, Tensor]:
+        """r_w and r_l, float32 [n] each."""
+        return beta * (self.chosen - self.reference_chosen), beta * (self.rejected - self.reference_rejected)
+
+
+def dpo_loss(pairs: Pairs, beta: float) -> Tensor:
+    """-log sigmoid(r_w - r_l) of each pair, float32 [n] (DPO)."""
+    chosen, rejected = pairs.rewards(beta)
+    return -F.logsigmoid(chosen - rejected)
+
+
+def bco_loss(pairs: Pairs, beta: float, shift: float) -> Tensor:
+    """-log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)) of each pair, float32 [n] (BCO): each reply is good or
+    bad by itself, against the mean reward delta = `shift` of replies before."""
+    chosen, rejected = pairs.rewards(beta)
+    return -F.logsigmoid(chosen - shift) - F.logsigmoid(shift - rejected)
+
+
+class RewardShift:
+    """The mean reward of all replies seen, the delta of BCO."""
+
+    def __init__(self) -> None:
+        self.mean, self.count = 0.0, 0
+
+    @torch.no_grad()
+    def update(self, pairs: Pairs, beta: float) -> float:
+        """Takes the rewards of a batch into the mean and returns it."""
+        rewards = torch.cat(pairs.rewards(beta))
+        self.count += len(rewards)
+        self.mean += float((rewards - self.mean).sum()) / self.count
+        return self.mean
