@@ -34,12 +34,12 @@ def step_seconds(steps: int, elementwise: Elementwise) -> list[float]:
     """Seconds of the forward and backward passes of `steps` steps, after three that warm up."""
     model = fresh_model(load_model_config(NANO), 0).bfloat16().train()
     model.set_elementwise(elementwise)
-    list(mark_trainable(model, STAGE))
+    mark_trainable(model, STAGE)
     objective, seconds = NanoRecipe().make_objective(STAGE, model), []
     for number in range(steps + 3):
         batch = move_batch(make_batch(STAGE, NANO, number), model.device)
         begin = time.perf_counter()
-        objective.loss(model, batch).backward()
+        objective.loss(model, batch, 1.0).backward()
         seconds.append(time.perf_counter() - begin)
         model.zero_grad(set_to_none=True)
     return seconds[3:]

@@ -11,7 +11,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from keye.errors import KeyeError
-from keye.train.optim import Optimizer, is_muon_matrix, mark_trainable
+from keye.train.optim import Optimizer, mark_trainable
 from keye.train.recipes.nano.config import Mix, NanoStage
 from tests.support.tiny import tiny_model
 from tests.support.training import NANO_RECIPE, VISION, a_run, make_tensors, nano_stage, train_nano, weights
@@ -47,11 +47,11 @@ class RecordFactories(TorchFunctionMode):
 def test_a_step_makes_its_tensors_on_the_device(stage: NanoStage) -> None:
     model = tiny_model().model
     objective = NANO_RECIPE.make_objective(stage, model)
-    optimizer = Optimizer(mark_trainable(model, stage), is_muon_matrix)
+    optimizer = Optimizer(mark_trainable(model, stage))
     batch = make_tensors(stage, 1)
     with RecordFactories() as record:
-        objective.loss(model, batch).backward()
-        optimizer.step(1e-3, 1e-3)
+        objective.loss(model, batch, 1.0).backward()
+        optimizer.step(1.0)
     assert record.unplaced == []
 
 

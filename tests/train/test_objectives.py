@@ -5,7 +5,7 @@ import torch
 
 from keye.cache.sequence import KVCache
 from keye.models.attention import CachedStep, Span
-from keye.train.optim import Optimizer, is_muon_matrix, mark_trainable
+from keye.train.optim import Optimizer, Trained, mark_trainable
 from keye.train.packed import AttentionHint, PackedStep, hint_loss
 from keye.train.recipes.nano.batches import WINDOW
 from keye.train.recipes.nano.config import Mix
@@ -38,19 +38,25 @@ CHANGES = {
 }  # fmt: skip
 
 
+def make_optimizer(config, model, objective):
+    """Of what the stage trains and of the heads, at rates at which a few steps are enough."""
+    config = config.model_copy(update={"lr": 2e-2, "adam_lr": 1e-2})
+    heads = [Trained(f"heads.{name}", parameter, False, 1e-2) for name, parameter in objective.heads.named_parameters()]
+    return Optimizer([*mark_trainable(model, config), *heads])
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
     config, model = STAGES[name], tiny_model().model.bfloat16()
     before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     torch.manual_seed(0)
     stage = NANO_RECIPE.make_objective(config, model)
-    heads = [(f"heads.{key}", parameter) for key, parameter in stage.heads.named_parameters()]
-    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
+    optimizer = make_optimizer(config, model, stage)
     for step in range(2):
-        loss = stage.loss(model, make_tensors(config, step))
+        loss = stage.loss(model, make_tensors(config, step), 1.0)
         assert torch.isfinite(loss)
         loss.backward()
-        assert optimizer.step(1e-2, 1e-2) > 0
+        assert optimizer.step(1.0) > 0
     changed = {part_of(key) for key, parameter in model.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed == CHANGES[name]
     figures = stage.figures.take()
@@ -61,7 +67,7 @@ def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
 
 def test_indexer_learns_from_the_kl_and_the_trunk_does_not():
     config, model = STAGES["sparse"], tiny_model().model
-    list(mark_trainable(model, config))
+    mark_trainable(model, config)
     step, _ = _packed(model, make_tensors(config, 0), config.attention)
     step.indexer_kl().backward()
     touched = {part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -114,16 +120,15 @@ def test_helper_losses_are_learnt():
     model = tiny_model().model
     torch.manual_seed(0)
     stage = NANO_RECIPE.make_objective(config, model)
-    heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
-    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
+    optimizer = make_optimizer(config, model, stage)
     batch = make_tensors(config, 1)
     kinds = {pointer.kind for pointer in batch.pointers}
     assert {"time", "first", "last", "start", "end"} <= kinds
     before, after = None, None
     for _ in range(12):
         torch.manual_seed(1)
-        stage.loss(model, batch).backward()
-        optimizer.step(2e-2, 1e-2)
+        stage.loss(model, batch, 1.0).backward()
+        optimizer.step(1.0)
         after = stage.figures.take()
         before = before or after
     assert {f"looks at {kind}" for kind in kinds} <= set(after)
@@ -143,14 +148,13 @@ def test_findings_are_learnt():
     model = tiny_model().model
     torch.manual_seed(0)
     stage = NANO_RECIPE.make_objective(config, model)
-    heads = [(f"heads.{name}", parameter) for name, parameter in stage.heads.named_parameters()]
-    optimizer = Optimizer([*mark_trainable(model, config), *heads], is_muon_matrix)
+    optimizer = make_optimizer(config, model, stage)
     batch = make_tensors(config, 1)
     assert {finding.kind for finding in batch.findings} == set(tasks)
     before, after = None, None
     for _ in range(12):
-        stage.loss(model, batch).backward()
-        optimizer.step(2e-2, 1e-2)
+        stage.loss(model, batch, 1.0).backward()
+        optimizer.step(1.0)
         after = stage.figures.take()
         before = before or after
     assert {f"looks at {kind}" for kind in ("cell", "from", "to", "again")} <= set(after)

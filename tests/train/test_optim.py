@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from keye.errors import KeyeError
-from keye.train.optim import Optimizer, is_muon_matrix, orthogonalise
+from keye.train.optim import Optimizer, Trained, is_muon_matrix, orthogonalise
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import tiny_config
 
 
-def optimizer(model, **options):
-    return Optimizer(model.named_parameters(), lambda name, p: p.ndim == 2, **options)
+def optimizer(model, lr=0.01, **options):
+    return Optimizer([Trained(name, p, p.ndim == 2, lr) for name, p in model.named_parameters()], **options)
 
 
 def network():
@@ -55,13 +55,13 @@ def test_state_round_trip():
     first = optimizer(left)
     for seed in range(3):
         give_gradients(left, seed)
-        first.step(0.01, 0.01)
+        first.step(1.0)
     second = optimizer(right)
     second.load_state({name: tensor.clone() for name, tensor in first.state().items()})
     for seed in range(3, 6):
         for model, own in ((left, first), (right, second)):
             give_gradients(model, seed)
-            own.step(0.01, 0.01)
+            own.step(1.0)
     for a, b in zip(left.parameters(), right.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -79,11 +79,11 @@ def test_gradients_that_are_no_numbers_are_skipped(bad):
     model = network()
     own = optimizer(model)
     give_gradients(model, 0)
-    own.step(0.01, 0.01)
+    own.step(1.0)
     before = {name: tensor.clone() for name, tensor in own.state().items()}
     give_gradients(model, 1)
     model[0].weight.grad[0, 0] = bad
-    norm = own.step(0.01, 0.01)
+    norm = own.step(1.0)
     assert not norm < float("inf")
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in own.state().items())
@@ -94,7 +94,7 @@ def test_gradients_are_clipped_and_cleared():
     own = optimizer(model, clip=1.0)
     give_gradients(model, 0)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert own.step(0.01, 0.01) == pytest.approx(float(norm), rel=1e-5)
+    assert own.step(1.0) == pytest.approx(float(norm), rel=1e-5)
     # The first moments of AdamW are (1 - beta) of the clipped gradient.
     torch.manual_seed(0)
     gradients = [torch.randn_like(p) for p in model.parameters()]
@@ -107,21 +107,21 @@ def test_a_parameter_without_gradient_stays():
     before = model[1].weight.detach().clone()
     torch.manual_seed(0)
     model[0].weight.grad = torch.randn_like(model[0].weight)
-    own.step(0.01, 0.01)
+    own.step(1.0)
     assert torch.equal(model[1].weight, before)
 
 
 def test_both_kinds_of_parameter_learn_a_regression():
     torch.manual_seed(0)
     model, target = network(), torch.randn(3, 6)
-    own = optimizer(model, weight_decay=0.0)
+    own = optimizer(model, lr=0.05, weight_decay=0.0)
     x = torch.randn(256, 6)
     losses = []
     for step in range(200):
         loss = (model(x) - x @ target.T).pow(2).mean()
         loss.backward()
         losses.append(float(loss.detach()))
-        own.step(0.05 * (1 - step / 200), 0.05 * (1 - step / 200))
+        own.step(1 - step / 200)
     assert losses[-1] < 0.01 * losses[0]
 
 

@@ -1,4 +1,4 @@
-"""Several processes train one model: gradients are averaged, Muon's work is divided, everybody ends with the same."""
+"""Several processes train one model: gradients are summed, Muon's work is divided, everybody ends with the same."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from keye.train.optim import Optimizer, orthogonalise
+from keye.train.optim import Optimizer, Trained, orthogonalise
 from keye.train.parallel import Group, processes
 from keye.train.recipes.nano.config import Mix
 from tests.support.training import a_run, nano_stage, train_nano
@@ -17,7 +17,7 @@ from tests.support.training import a_run, nano_stage, train_nano
 def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
     gradient = torch.full((3, 2), float(group.rank))
     scalar = torch.tensor(10.0 * group.rank)
-    group.average([gradient, scalar])
+    group.sum([gradient, scalar])
     stack = torch.arange(5 * 4 * 4, dtype=torch.float32).view(5, 4, 4).sin()
     done = {
         "gradient": gradient,
@@ -33,10 +33,10 @@ def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
 
 def _step_with_some_gradients(group: Group) -> torch.Tensor:
     """One step of two parameters, each of which has a gradient in one process only; returns both."""
-    parameters = [(name, torch.nn.Parameter(torch.ones(2))) for name in ("a", "b")]
-    parameters[group.rank][1].grad = torch.full((2,), 4.0)
-    Optimizer(parameters, lambda name, parameter: False, group=group).step(0.1, 0.1)
-    return torch.cat([parameter.detach() for _, parameter in parameters])
+    trained = [Trained(name, torch.nn.Parameter(torch.ones(2)), False, 0.1) for name in ("a", "b")]
+    trained[group.rank].parameter.grad = torch.full((2,), 4.0)
+    Optimizer(trained, group=group).step(1.0)
+    return torch.cat([each.parameter.detach() for each in trained])
 
 
 class _Follow:
@@ -77,12 +77,12 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-def test_two_processes_average_divide_and_agree(tmp_path):
+def test_two_processes_sum_divide_and_agree(tmp_path):
     with processes(2, tmp_path, _Follow(tmp_path)) as group:
         mine = _work(group, tmp_path)
     other = load_file(tmp_path / "1.safetensors")
     for done in (mine, other):
-        assert torch.equal(done["gradient"], torch.full((3, 2), 0.5)) and done["scalar"] == 5.0
+        assert torch.equal(done["gradient"], torch.full((3, 2), 1.0)) and done["scalar"] == 10.0
         assert torch.allclose(done["divided"], done["whole"], atol=2e-2)
         assert done["agreed"] == 0.25
         assert (done["partly"] < 0.95).all()

@@ -28,11 +28,12 @@ COMPANIONS = ("config.json", "preprocessor_config.json", "generation_config.json
 
 @dataclass(frozen=True)
 class Progress:
-    """`step` steps and `seconds` seconds of stage number `stage` are done."""
+    """`step` steps and `seconds` seconds of stage number `stage` are done; `data` is the state of its batches."""
 
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
+    data: dict[str, Any] | None = None
 
 
 class Checkpoint:
@@ -71,7 +72,8 @@ class Checkpoint:
             path.unlink(missing_ok=True)
 
     def _parse(self, saved: dict[str, Any]) -> Progress:
-        progress = Progress(saved["stage"], saved["step"], saved["seconds"])
+        data = saved.get("data", {"step": saved["step"]} if saved["step"] else None)
+        progress = Progress(saved["stage"], saved["step"], saved["seconds"], data)
         begun = saved.get("names", self.names)[: progress.stage + 1]
         if self.names[: len(begun)] != begun:
             raise ConfigError(f"{self.folder} holds a run that began with the stages {', '.join(begun)}; keep these, "

@@ -44,6 +44,8 @@ class StageConfig(Settings):
     attention: TrainMode = "dense"
     """How the decoder attends: dense, warmup (dense, with only the indexer's KL), sparse (over the selected keys, with
     the indexer's KL)."""
+    accumulation: int = Field(default=1, gt=0)
+    """Micro-batches of each process in a step; their gradients are added up."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """muon: Muon for hidden matrices at `lr`, AdamW for the rest at `adam_lr`. adamw: AdamW for everything at `lr`."""
     lr: Rate = 2e-3

@@ -10,9 +10,7 @@ import math
 import shutil
 import time
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,10 @@ from keye.models.load import load_model, save_model, torch_dtype
 from keye.models.quant_fill import quantized_weights
 from keye.ops.elementwise import compile_elementwise
 from keye.process import check_device
-from keye.train.batches import BatchProcess, BatchService, derived_seed
+from keye.train.batches import BatchProcess, derived_seed
 from keye.train.checkpoint import LOG_FILE, PROGRESS_FILE, Checkpoint, Progress, check_output, copy_companions
 from keye.train.config import StageConfig, TrainConfig
-from keye.train.optim import Optimizer, adam_scale, is_muon_matrix, mark_trainable
+from keye.train.optim import Optimizer, Trained, highest_rate
 from keye.train.parallel import Group, processes
 from keye.train.recipe import Objective, Recipe, move_batch
 
@@ -89,7 +87,7 @@ class Run:
             text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
             warnings.warn(text, stacklevel=2)
         group.agree(0.0)  # every process waits until the files of the output folder are there
-        self.batches: BatchProcess | BatchService = BatchProcess() if decode is None else BatchService(decode)
+        self.batches, self.decode = BatchProcess(), decode
 
     def _load_model(self) -> KeyeModel:
         config = load_model_config(self.config.model)
@@ -111,46 +109,45 @@ class Run:
         torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "heads"))
         objective = self.recipe.make_objective(stage, self.model)
         objective.heads.to(self.model.device)
-        heads = [(f"heads.{name}", p) for name, p in objective.heads.named_parameters()]
-        optimizer = Optimizer([*mark_trainable(self.model, stage), *heads], is_muon_matrix, adam_scale=adam_scale,
-                              group=self.group, weight_decay=stage.weight_decay)  # fmt: skip
+        rate = highest_rate(stage, "heads", is_matrix=False)
+        heads = [Trained(f"heads.{name}", p, False, rate) for name, p in objective.heads.named_parameters()]
+        trained = [*self.recipe.prepare(self.model, stage), *heads]
+        optimizer = Optimizer(trained, group=self.group, weight_decay=stage.weight_decay, clip=stage.clip)
         if self._state is not None:
             optimizer.load_state(self._state)
             self._state = None
         self.model.train()
         clock = Clock(self.progress, self.config)
+        self._open_batches(number)
         norm = 0.0
-        for batch in self._batches(number):
+        while True:
             progress = self.group.agree(stage.share_done(clock.step, clock.seconds() / 60))
-            if progress >= 1.0:
+            if progress >= 1.0 or (batch := self.batches.next()) is None:
                 break
-            factor = stage.lr_factor(clock.step, progress)
+            factor = stage.lr_factor(clock.step, max(progress, batch.share))
             # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
             torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "loss", clock.step, self.group.rank))
-            objective.loss(self.model, move_batch(batch, self.model.device)).backward()
-            norm = optimizer.step(stage.lr * factor, stage.adam_lr * factor)
+            for micro in batch.micro:
+                objective.loss(self.model, move_batch(micro, self.model.device), batch.count).backward()
+            norm = optimizer.step(factor)
             clock.step += 1
             if self.group.rank == 0:
                 if clock.log_due():
                     self._log(stage, clock, objective, norm)
                 if clock.save_due():
-                    self._save(Progress(number, clock.step, clock.seconds()), optimizer)
+                    self._save(Progress(number, clock.step, clock.seconds(), batch.state), optimizer)
         self.progress = Progress(number + 1)
         if self.group.rank == 0:
             if clock.step > clock.logged_step:
                 self._log(stage, clock, objective, norm)
             self._save(self.progress)
 
-    def _batches(self, number: int) -> Iterator[Any]:
-        """Batches of step, step + 1, ... made ahead in other processes."""
-        waiting: deque[Future[Any]] = deque()
-        stage, step = self.config.stages[number], self.progress.step
-        while True:
-            while len(waiting) < self.batches.ahead:
-                seed = derived_seed(self.config.seed, number, stage.name, step, self.group.rank)
-                waiting.append(self.batches.submit(self.recipe.make_batch, stage, self.out, seed))
-                step += 1
-            yield waiting.popleft().result()
+    def _open_batches(self, number: int) -> None:
+        stage = self.config.stages[number]
+        seed = derived_seed(self.config.seed, number, stage.name)
+        source = partial(self.recipe.open_batches, stage, self.out, seed=seed, rank=self.group.rank,
+                         size=self.group.size, state=self.progress.data, decode=self.decode)  # fmt: skip
+        self.batches.open(f"{number} {stage.name}", source)
 
     def _log(self, stage: StageConfig, clock: Clock, objective: Objective, norm: float) -> None:
         figures = {"stage": stage.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),

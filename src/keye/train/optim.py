@@ -7,7 +7,8 @@ Polar Express (Amsel et al., 2025).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ from keye.train.parts import choose_parameters
 
 _COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
                  (2.8769, -3.1427, 1.2046))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that a stage changes. `is_matrix`: its last two dimensions are a matrix that follows Muon; else it
+    follows AdamW. `lr` is its highest learning rate."""
+
+    name: str
+    parameter: nn.Parameter
+    is_matrix: bool
+    lr: float
 
 
 def orthogonalise(x: Tensor) -> Tensor:
@@ -35,54 +47,49 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """Steps the trainable parameters of `model`.
-
-    Matrices that `is_matrix(name, parameter)` accepts (the last two dimensions count; experts are stacks) follow Muon,
-    everything else AdamW, at `adam_scale(name)` times its learning rate. State can be saved and restored by parameter
-    name.
-    """
+    """Steps `parameters`. State can be saved and restored by parameter name."""
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], is_matrix: Callable[[str, nn.Parameter], bool], *,
-        adam_scale: Callable[[str], float] = lambda name: 1.0, group: Group | None = None, weight_decay: float = 0.02,
+        self, parameters: Iterable[Trained], *, group: Group | None = None, weight_decay: float = 0.02,
         momentum: float = 0.95, betas: tuple[float, float] = (0.9, 0.97), clip: float = 1.0,
     ) -> None:  # fmt: skip
-        self.parameters = dict(parameters)
+        trained = list(parameters)
+        self.parameters = {each.name: each.parameter for each in trained}
+        self.rates = {each.name: each.lr for each in trained}
         self.master = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         self.first = {name: torch.zeros_like(m) for name, m in self.master.items()}
         self.weight_decay, self.momentum, self.betas, self.clip = weight_decay, momentum, betas, clip
-        self.adam_scale, self.group = adam_scale, group or Group()
+        self.group = group or Group()
         self.groups: dict[tuple[int, ...], list[str]] = defaultdict(list)
-        self.rest: list[str] = []
-        for name, p in self.parameters.items():
-            if is_matrix(name, p):
-                self.groups[tuple(p.shape[-2:])].append(name)
-            else:
-                self.rest.append(name)
+        for each in trained:
+            if each.is_matrix:
+                self.groups[tuple(each.parameter.shape[-2:])].append(each.name)
+        self.rest = [each.name for each in trained if not each.is_matrix]
         self.second = {name: torch.zeros_like(self.master[name]) for name in self.rest}
         self.count = 0
 
     @torch.no_grad()
-    def step(self, lr: float, adam_lr: float) -> float:
-        """One update from the gradients, which are then cleared. Returns the gradient norm before clipping."""
+    def step(self, factor: float) -> float:
+        """One update from the gradients, at `factor` times the learning rates; the gradients are then cleared. Returns
+        the gradient norm before clipping."""
         if self.group.size > 1:  # what one process's batch left out, another's may hold: all must send the same tensors
             for p in self.parameters.values():
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         grads = {name: p.grad.float() for name, p in self.parameters.items() if p.grad is not None}
-        self.group.average(list(grads.values()))
+        self.group.sum(list(grads.values()))
         norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
         if norm < float("inf"):  # else, also where it is NaN, skip the step rather than spoil the weights
             scale = min(1.0, self.clip / (norm + 1e-6))
             self.count += 1
-            self._muon(grads, scale, lr)
-            self._adam(grads, scale, adam_lr)
+            self._muon(grads, scale, factor)
+            self._adam(grads, scale, factor)
             for name, p in self.parameters.items():
                 p.copy_(self.master[name])
         for p in self.parameters.values():
             p.grad = None
         return norm
 
-    def _muon(self, grads: dict[str, Tensor], scale: float, lr: float) -> None:
+    def _muon(self, grads: dict[str, Tensor], scale: float, factor: float) -> None:
         for shape, names in self.groups.items():
             present = [name for name in names if name in grads]
             if not present:
@@ -93,12 +100,12 @@ class Optimizer:
                 self.first[name].lerp_(grad, 1 - self.momentum)
                 updates.append(grad.lerp(self.first[name], self.momentum).reshape(-1, *shape))
             joined = self.group.divide(torch.cat(updates), orthogonalise).float()
-            step = -lr * 0.2 * max(shape) ** 0.5
             for name, update in zip(present, joined.split([u.shape[0] for u in updates]), strict=True):
-                master = self.master[name]
-                master.mul_(1 - lr * self.weight_decay).add_(update.view_as(master), alpha=step)
+                master, rate = self.master[name], factor * self.rates[name]
+                step = -rate * 0.2 * max(shape) ** 0.5
+                master.mul_(1 - rate * self.weight_decay).add_(update.view_as(master), alpha=step)
 
-    def _adam(self, grads: dict[str, Tensor], scale: float, lr: float) -> None:
+    def _adam(self, grads: dict[str, Tensor], scale: float, factor: float) -> None:
         b1, b2 = self.betas
         bias1, bias2 = 1 - b1**self.count, 1 - b2**self.count
         for name in self.rest:
@@ -108,7 +115,7 @@ class Optimizer:
             self.first[name].lerp_(grad, 1 - b1)
             self.second[name].mul_(b2).addcmul_(grad, grad, value=1 - b2)
             denominator = (self.second[name] / bias2).sqrt_().add_(1e-8)
-            master.addcdiv_(self.first[name], denominator, value=-lr * self.adam_scale(name) / bias1)
+            master.addcdiv_(self.first[name], denominator, value=-factor * self.rates[name] / bias1)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat tensors."""
@@ -130,9 +137,22 @@ class Optimizer:
             p.copy_(self.master[name])
 
 
-def mark_trainable(model: nn.Module, stage: StageConfig) -> Iterator[tuple[str, nn.Parameter]]:
-    """Marks and yields the parameters that a stage changes; everything else stays as it is."""
-    yield from choose_parameters(model, stage).items()
+def mark_trainable(model: nn.Module, stage: StageConfig) -> list[Trained]:
+    """Marks and returns the parameters that a stage changes; everything else stays as it is."""
+    trained = []
+    for name, parameter in choose_parameters(model, stage).items():
+        is_matrix = stage.optimizer == "muon" and is_muon_matrix(name, parameter)
+        trained.append(Trained(name, parameter, is_matrix, highest_rate(stage, name, is_matrix)))
+    return trained
+
+
+def highest_rate(stage: StageConfig, name: str, is_matrix: bool) -> float:
+    """The learning rate of a parameter before warm-up and decay."""
+    if name.startswith("visual.") and stage.vision_lr is not None:
+        return stage.vision_lr
+    if name.startswith("mlp_AR.") and stage.projector_lr is not None:
+        return stage.projector_lr
+    return stage.lr if is_matrix or stage.optimizer == "adamw" else stage.adam_lr * adam_scale(name)
 
 
 def adam_scale(name: str) -> float:

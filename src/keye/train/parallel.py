@@ -1,4 +1,4 @@
-"""Several processes that train one model on one machine: each takes its own batches, gradients are averaged.
+"""Several processes that train one model on one machine: each takes its own batches, gradients are summed.
 
 On CPUs whose cores one process keeps busy badly, a process for each core trains faster than threads. All processes hold
 the whole model and take the same steps; Muon's orthogonalisation is divided among them.
@@ -28,13 +28,12 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces each tensor (float32, the same shapes everywhere) by its mean over the processes."""
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor (float32, the same shapes everywhere) by its sum over the processes."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
-        flat /= self.size
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 

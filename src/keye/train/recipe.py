@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from keye.config import KeyeConfig
 from keye.models.keye import KeyeModel
+from keye.train.batches import BatchSource, OpenBatches
 from keye.train.config import TrainConfig
+from keye.train.optim import Trained
 
 
 class Figures:
@@ -43,8 +44,10 @@ class Objective(Protocol):
     def heads(self) -> nn.Module:
         """What is trained besides the model and thrown away afterwards."""
 
-    def loss(self, model: KeyeModel, batch: Any) -> Tensor:
-        """The scalar to minimise, of a batch that is on the model's device."""
+    def loss(self, model: KeyeModel, micro: Any, count: float) -> Tensor:
+        """The scalar to minimise of a micro-batch on the model's device: its weighted losses' sum divided by `count`.
+        The gradients of all micro-batches of all processes are added up, so that a step does not depend on how its
+        tokens are divided among them."""
 
 
 class Recipe(Protocol):
@@ -57,9 +60,15 @@ class Recipe(Protocol):
     def create_model(self, config: KeyeConfig, folder: Path, seed: int) -> KeyeModel:
         """Float32 weights for a model that is trained from nothing; `folder` has its tokenizer."""
 
+    def prepare(self, model: KeyeModel, stage: Any) -> list[Trained]:
+        """Makes the model ready for a stage, marks what it changes, and returns that."""
+
     @property
-    def make_batch(self) -> Callable[[Any, Path, int], Any]:
-        """A function of a module, (stage, model folder, seed) -> dataclass of numpy arrays; runs in other processes."""
+    def open_batches(self) -> OpenBatches:
+        """A function of a module, which other processes call; making batches need not import torch."""
+
+    def open_validation(self, stage: Any, folder: Path, *, rank: int, size: int) -> BatchSource | None:
+        """Batches whose loss is measured now and then; None where there are none."""
 
     def make_objective(self, stage: Any, model: KeyeModel) -> Objective:
         """The losses of a stage."""

@@ -6,11 +6,13 @@ Legend: B clips, F frames, P trunk tokens (the video), L tail tokens (questions 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,7 @@ from keye.data.frameforge import (
 )
 from keye.media.positions import build_position_ids
 from keye.media.sizes import compute_frame_sizes
+from keye.train.batches import BatchService, StepBatch, derived_seed
 from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
 from keye.train.recipes.nano.evidence import (
     Array,
@@ -281,3 +284,43 @@ def make_batch(stage: NanoStage, folder: Path, seed: int) -> VisionBatch[NDArray
     if stage.nano.kind == "vision":
         return maker.vision(stage.nano, seed)
     return maker.packed(stage.nano, seed)
+
+
+class NanoBatches:
+    """FrameForge has no end and no order: a batch is the function of a seed. A step counts its micro-batches, each of
+    which has the same weight whatever is in it."""
+
+    def __init__(self, make: Callable[[int], Future[Any]], ahead: int, *, seed: int, rank: int, size: int,
+                 accumulation: int, step: int, close: Callable[[], None]) -> None:  # fmt: skip
+        self._make, self._ahead, self._seed, self._step, self.close = make, ahead, seed, step, close
+        self._mine, self._count = range(rank, accumulation * size, size), float(accumulation * size)
+        self._waiting: deque[list[Future[Any]]] = deque()
+
+    def next(self) -> StepBatch:
+        """Step after step, without end."""
+        while len(self._waiting) < self._ahead:
+            step = self._step + len(self._waiting)
+            self._waiting.append([self._make(derived_seed(self._seed, step, number)) for number in self._mine])
+        micro = [future.result() for future in self._waiting.popleft()]
+        self._step += 1
+        return StepBatch(micro, self._count, {"step": self._step})
+
+
+def open_batches(
+    stage: NanoStage, folder: Path, *, seed: int, rank: int, size: int, state: dict[str, Any] | None,
+    decode: str | None = None,
+) -> NanoBatches:  # fmt: skip
+    """The batches of a stage, made here or by the workers of a decode service."""
+    step = 0 if state is None else int(state["step"])
+    options = {"seed": seed, "rank": rank, "size": size, "accumulation": stage.accumulation, "step": step}
+    if decode is None:
+        return NanoBatches(lambda seed: _done(make_batch(stage, folder, seed)), 1, close=lambda: None, **options)
+    service = BatchService(decode)
+    make = partial(service.submit, make_batch, stage, folder)
+    return NanoBatches(make, service.ahead, close=service.close, **options)
+
+
+def _done(batch: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(batch)
+    return future

@@ -16,9 +16,10 @@ from keye.config import KeyeConfig
 from keye.models.keye import KeyeModel
 from keye.train.algorithms.sft import SupervisedFineTuning
 from keye.train.losses import token_loss
+from keye.train.optim import Trained, mark_trainable
 from keye.train.packed import PackedStep
 from keye.train.recipe import Figures, Objective
-from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch, make_batch
+from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch, open_batches
 from keye.train.recipes.nano.config import NanoConfig, NanoStage
 from keye.train.recipes.nano.helpers import Helpers
 from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
@@ -43,7 +44,10 @@ class VisionObjective:
         width = sum(count for _, count in VISION_TARGETS) + 2
         self.heads: nn.Linear = nn.Linear(model.config.text.hidden_size, width)
 
-    def loss(self, model: KeyeModel, batch: VisionBatch[Tensor]) -> Tensor:
+    def loss(self, model: KeyeModel, micro: VisionBatch[Tensor], count: float) -> Tensor:
+        return self._mean(model, micro) / count
+
+    def _mean(self, model: KeyeModel, batch: VisionBatch[Tensor]) -> Tensor:
         tokens = encode_frames(model, batch.frames)
         out = self.heads(F.rms_norm(tokens.float(), tokens.shape[-1:]))
         ids, offset = batch.ids.flatten(0, 1), batch.offset.flatten(0, 1)
@@ -70,7 +74,10 @@ class LanguageObjective:
         self.heads: Helpers = Helpers(stage.nano, model, self.figures.add)
         self.frozen_vision = stage.trains in ("decoder", "indexer")
 
-    def loss(self, model: KeyeModel, batch: PackedBatch[Tensor]) -> Tensor:
+    def loss(self, model: KeyeModel, micro: PackedBatch[Tensor], count: float) -> Tensor:
+        return self._mean(model, micro) / count
+
+    def _mean(self, model: KeyeModel, batch: PackedBatch[Tensor]) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
             visual = encode_frames(model, batch.frames.flatten(0, 1))
         ids = torch.cat((batch.trunk_ids, batch.tail_ids), dim=1)
@@ -120,12 +127,18 @@ class NanoRecipe:
     """A vision tower on dense labels of frames, then a decoder on questions about synthetic clips."""
 
     config = NanoConfig
-    make_batch = staticmethod(make_batch)
+    open_batches = staticmethod(open_batches)
 
     def create_model(self, config: KeyeConfig, folder: Path, seed: int) -> KeyeModel:
         model = fresh_model(config, seed)
         order_numbers(model, number_tokens(Tokenizer.from_file(folder)))
         return model
+
+    def prepare(self, model: KeyeModel, stage: NanoStage) -> list[Trained]:
+        return mark_trainable(model, stage)
+
+    def open_validation(self, stage: NanoStage, folder: Path, *, rank: int, size: int) -> None:
+        """None: the card measures held-out clips."""
 
     def make_objective(self, stage: NanoStage, model: KeyeModel) -> Objective:
         if stage.nano.kind == "vision":
