@@ -64,6 +64,9 @@ class Backend(Protocol):
     def select(self, indexer_q: Tensor, gate: Tensor, stretch: Stretch, topk: int) -> Iterator[tuple[int, Tensor]]:
         """The selected sets, as `reference.select_topk` yields them (offsets count from `stretch.start`)."""
 
+    def select_all(self, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], sets: Tensor) -> None:
+        """The selected sets of several stretches, written to their rows of `sets` int32 [T, topk]."""
+
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
         """Attention over given sets, written to `out`."""
 
@@ -73,7 +76,17 @@ class Backend(Protocol):
         """`select` and `attend` of every stretch, fused where the backend can."""
 
 
-class ReferenceBackend:
+class SelectionByStretch:
+    """`Backend.select_all` by `select`, one stretch after another."""
+
+    def select_all(self: Backend, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], sets: Tensor) -> None:
+        for stretch in stretches:
+            for offset, positions in self.select(indexer_q, gate, stretch, sets.shape[1]):
+                start = stretch.start + offset
+                sets[start : start + positions.shape[0]] = positions
+
+
+class ReferenceBackend(SelectionByStretch):
     """The definition, `keye.ops.reference`, one stretch after another."""
 
     name = "reference"

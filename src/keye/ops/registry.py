@@ -110,6 +110,13 @@ def attend_selected(q: Tensor, selected: Selected, stretch: Stretch, out: Tensor
         backend.attend(q, selected, stretch, out)
 
 
+def select_keys(q: Tensor, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], sets: Tensor) -> None:
+    """The keys that `sparse_attention` would attend to, as positions, ascending and then -1: written to the rows of the
+    stretches in `sets` int32 [T, topk]. Keys and values are not read."""
+    for backend, part in _assign(q, stretches):
+        backend.select_all(indexer_q, gate, part, sets)
+
+
 def find_grouped_matmul(x: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor, list[int]], Tensor] | None:
     """A kernel for products of rows `x` [N, K] that are sorted by expert with `weights` [E, K, M] of the same dtype;
     its third argument is the number of rows of each expert. None on processors and in training (it has no backward

@@ -117,14 +117,19 @@ class CpuBackend:
         for offset in range(0, total, _CHUNK):
             sets = torch.empty(min(_CHUNK, total - offset), topk, dtype=torch.int32)
             part = _part(stretch, offset, sets.shape[0])
-            self._call("keye_select", None, indexer_q, gate, [part], topk, None, sets=sets)
+            self._call("keye_select", None, indexer_q, gate, [part], topk, None, sets=[sets])
             yield offset, sets.long()
+
+    def select_all(self, indexer_q: Tensor, gate: Tensor, stretches: Sequence[Stretch], sets: Tensor) -> None:
+        assert sets.dtype == torch.int32 and sets.is_contiguous()
+        parts = [sets[stretch.start : stretch.stop] for stretch in stretches]
+        self._call("keye_select", None, indexer_q, gate, stretches, sets.shape[1], None, sets=parts)
 
     def attend(self, q: Tensor, selected: Selected, stretch: Stretch, out: Tensor, kernel: Kernel = "auto") -> None:
         for offset, positions in selected:
             sets = positions.to(torch.int32).contiguous()
             part = _part(stretch, offset, positions.shape[0])
-            self._call("keye_attend", q, None, None, [part], sets.shape[1], out, sets=sets, kernel=kernel)
+            self._call("keye_attend", q, None, None, [part], sets.shape[1], out, sets=[sets], kernel=kernel)
 
     def encode(self, form: RowFormat, x: Tensor) -> Tensor | None:
         """`form.encode(x)` of codes, up to near ties of int4 scales; None where the library is not there or does not
@@ -164,7 +169,7 @@ class CpuBackend:
 
     def _call(
         self, name: str, q: Tensor | None, indexer_q: Tensor | None, gate: Tensor | None, stretches: Sequence[Stretch],
-        topk: int, out: Tensor | None, sets: Tensor | None = None, kernel: Kernel = "auto",
+        topk: int, out: Tensor | None, sets: Sequence[Tensor] = (), kernel: Kernel = "auto",
     ) -> None:  # fmt: skip
         """One call of the library. Tensors that are not contiguous are copied."""
         step = _Step(topk=topk, kernel=_KERNELS[kernel], threads=torch.get_num_threads())
@@ -182,7 +187,9 @@ class CpuBackend:
             step.indexer_q, step.gate = indexer_q.data_ptr(), gate.data_ptr()
             step.indexer_dtype, (step.indexer_heads, step.indexer_dim) = _DTYPES[indexer_q.dtype], indexer_q.shape[1:]
         array = (_Stretch * len(stretches))()
-        alive = [_fill(array[i], stretch, sets) for i, stretch in enumerate(stretches)]
+        alive = [_fill(array[i], stretch) for i, stretch in enumerate(stretches)]
+        for target, part in zip(array, sets, strict=bool(sets)):
+            target.sets = part.data_ptr()
         library = self._library
         assert library is not None, "takes() loads the library"
         if getattr(library, name)(ctypes.byref(step), array, len(stretches)):
@@ -199,7 +206,7 @@ def _part(stretch: Stretch, offset: int, n: int) -> Stretch:
     return replace(stretch, start=start, stop=start + n, first=stretch.first + offset)
 
 
-def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
+def _fill(to: _Stretch, stretch: Stretch) -> list[Tensor]:
     """Writes a stretch for the library; returns what must stay alive while it reads."""
     assert stretch.blocks is not None
     to.start, to.stop, to.first = stretch.start, stretch.stop, stretch.first
@@ -213,8 +220,6 @@ def _fill(to: _Stretch, stretch: Stretch, sets: Tensor | None) -> list[Tensor]:
     if stretch.counts is not None:
         assert stretch.counts.dtype == torch.int64 and stretch.counts.is_contiguous()
         to.counts = stretch.counts.data_ptr()
-    if sets is not None:
-        to.sets = sets.data_ptr()
     mapped = stretch.blocks["k"].mapped or stretch.blocks["v"].mapped
     to.flags = (_FIXED if stretch.fixed else 0) | (_WILL_NEED if mapped else 0)
     return alive

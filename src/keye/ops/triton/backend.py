@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from keye.ops.backend import Kernel, Selected, Stretch
+from keye.ops.backend import Kernel, Selected, SelectionByStretch, Stretch
 from keye.ops.triton import attention, selection, serves
 from keye.ops.triton.layout import FEW, Batch, Piece, Pools, by_pools, make_batch
 from keye.ops.triton.rows import readable
@@ -19,7 +19,7 @@ from keye.ops.triton.rows import readable
 _MASK_BYTES = selection.SCRATCH_BYTES
 
 
-class TritonBackend:
+class TritonBackend(SelectionByStretch):
     """Implements `keye.ops.backend.Backend` for inference on GPUs of compute capability 8.0 and newer, and, in
     Triton's interpreter, on tensors of the processor.
 
