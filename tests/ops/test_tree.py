@@ -124,12 +124,12 @@ def test_a_chain_of_segments_selects_what_one_segment_does(dtype, kernels):
 def test_queries_of_a_part_see_the_keys_before_it():
     """What context parallelism asks for: the queries of one rank, the keys of all."""
     length, start = 90, 55
-    whole = type(make_tree(0))((Segment(0, length, ((0, length),), 0),), length, length)
+    full = type(make_tree(0))((Segment(0, length, ((0, length),), 0),), length, length)
     part = Segment(0, length - start, ((0, length),), start)
-    operands = make_operands(whole, 6)
+    operands = make_operands(full, 6)
     q, indexer_q, gate = (x[start:].detach() for x in (operands.q, operands.indexer_q, operands.gate))
-    dense = attend_dense(*operands[:3], whole.segments)
-    sparse = attend_sparse(*operands, whole.segments, 20, teach=True)[0]
+    dense = attend_dense(*operands[:3], full.segments)
+    sparse = attend_sparse(*operands, full.segments, 20, teach=True)[0]
     assert torch.allclose(attend_dense(q, operands.k, operands.v, [part]), dense[start:], atol=1e-6)
     ours = attend_sparse(q, operands.k, operands.v, indexer_q, operands.indexer_k, gate, [part], 20, teach=True)[0]
     assert torch.allclose(ours, sparse[start:], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Random trees of segments, and dense attention over them in a form that nobody could get wrong: the oracle."""
+"""Random trees of segments, and dense attention over them in its plainest form: the oracle."""
 
 from __future__ import annotations
 

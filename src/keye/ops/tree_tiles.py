@@ -265,25 +265,25 @@ def backward(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the operands, in their dtypes; None where not needed. `grad_kl` is that of the indexer's loss."""
     wanted = [*(needs.attention,) * 3, *(needs.indexer,) * 3]
-    given = {i: x for i, (x, want) in enumerate(zip(operands, wanted, strict=True)) if want and x is not None}
-    grads: list[Tensor | None] = [torch.zeros_like(given[i]) if i in given else None for i in range(len(wanted))]
+    inputs = {i: x for i, (x, want) in enumerate(zip(operands, wanted, strict=True)) if want and x is not None}
+    grads: list[Tensor | None] = [torch.zeros_like(inputs[i]) if i in inputs else None for i in range(len(wanted))]
     # Summed in float32: keys over all blocks, queries over the tiles of their own.
-    keys = {i: torch.zeros_like(given[i], dtype=torch.float32) for i in _KEY_LIKE if i in given}
+    keys = {i: torch.zeros_like(inputs[i], dtype=torch.float32) for i in _KEY_LIKE if i in inputs}
     for block in make_blocks(segments, sets, operands.q.device):
         queries, n = block.queries, len(block.queries)
-        sums = keys | {i: torch.zeros(n, *x.shape[1:], device=x.device) for i, x in given.items() if i not in keys}
+        sums = keys | {i: torch.zeros(n, *x.shape[1:], device=x.device) for i, x in inputs.items() if i not in keys}
         for rows, mask in block.tiles(operands):
             probs = _probabilities(block, operands, saved.lse[queries], rows, mask)
             if needs.attention:
                 _add_gradients(queries, rows, operands, probs, saved, grad_out, sums)
             if needs.indexer:
                 _teach(queries, rows, mask, operands, probs, saved, grad_kl, sums)
-        for i in given.keys() - keys.keys():
+        for i in inputs.keys() - keys.keys():
             grad = grads[i]
             assert grad is not None
             grad[queries] = sums[i].to(grad.dtype)
     for i, total in keys.items():
-        grads[i] = total.to(given[i].dtype)
+        grads[i] = total.to(inputs[i].dtype)
     return grads
 
 
@@ -346,7 +346,7 @@ def measure_recall(operands: Operands, segments: Sequence[Segment], sets: Tensor
         slots = torch.full((operands.k.shape[0] + 1,), N, device=sets.device)
         slots[block.keys] = torch.arange(N, device=sets.device)
         chosen = torch.zeros(n, N + 1, dtype=torch.bool, device=sets.device)
-        chosen.scatter_(1, slots[sets[block.queries].long()], True)  # -1 is the last slot, which is no key's
+        chosen.scatter_(1, slots[sets[block.queries].long()], True)  # -1 is the last slot, that of no key
         largest, inside = lse.new_zeros(n, 0), lse.new_zeros(n)
         at, seen = 0, torch.zeros(n, dtype=torch.int64, device=sets.device)
         for rows, mask in block.tiles(operands):
