@@ -6,6 +6,7 @@ A recipe extends these models by tables of its own; what is here holds for every
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
+#: A name of layers, or its end: PEFT takes it for a regular expression, in which nothing of it has a meaning.
+LayerName = Annotated[str, Field(pattern=r"^[\w.]+$")]
+Rank = Annotated[int, Field(ge=1, le=4096)]
 
 
 class StageConfig(Settings):
@@ -132,16 +136,25 @@ class ParallelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """A LoRA adapter that is trained while the model stays as it is; written in PEFT's layout."""
+    """Pairs of small matrices beside layers are trained while the model stays as it is; written in PEFT's layout."""
 
-    rank: int = Field(default=16, gt=0)
-    alpha: float = Field(default=32.0, gt=0)
-    """The adapter's output is scaled by alpha / rank."""
-    dropout: Share = 0.0
+    rank: Rank = 16
+    alpha: Rate = 32.0
+    """What a pair adds is multiplied by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a layer's inputs that its pair does not see in a step."""
     targets: str | Names = "all-linear"
-    """all-linear (every linear layer of the decoder), or names of layers such as q_proj."""
+    """Layers that get a pair: all-linear (those of attention and MLP in the decoder), parts (tower, projector, vision,
+    attention, dense, experts, router, indexer, head), ends of names (q_proj), or patterns of complete names with *."""
+    exclude: str | Names = ()
+    """Layers that get none, in the same words."""
     experts: bool = False
-    """Adapt the experts of mixtures too."""
+    """Routed experts too, with a pair for each."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    rank_pattern: Mapping[LayerName, Rank] = Field(default_factory=dict)
+    """Ranks of layers by the ends of their names; those of experts end in gate_up_proj and down_proj."""
+    alpha_pattern: Mapping[LayerName, Rate] = Field(default_factory=dict)
 
 
 class TrainConfig(Settings):

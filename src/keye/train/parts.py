@@ -34,6 +34,11 @@ _PARTS: Final[Mapping[str, re.Pattern[str]]] = {
 }
 
 
+def is_in_part(parameter: str, part: str) -> bool:
+    """Whether a parameter belongs to a part, by its name."""
+    return _PARTS[part].match(parameter) is not None
+
+
 def choose_parameters(model: nn.Module, stage: StageConfig) -> dict[str, nn.Parameter]:
     """The parameters that a stage changes, by name; these alone need a gradient afterwards. Indexers are among them
     only where the attention teaches them. `ConfigError` for a part or pattern that no parameter matches."""
