@@ -43,8 +43,10 @@ from keye.train.recipes.nano.evidence import (
     Finding,
     Pointer,
     PointerMaker,
+    Sightings,
     TrunkLayout,
     events_of,
+    sightings_of,
 )
 
 IGNORE = -100
@@ -83,6 +85,7 @@ class PackedBatch(Generic[Array]):
     comparisons: tuple[Comparison, ...]
     findings: tuple[Finding, ...]
     events: Events[Array]
+    sightings: Sightings[Array]
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,8 @@ class BatchMaker:
         frames = np.stack([_resize(render(clip), size) for clip in clips])
         time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
         return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
-                           layout, tuple(pointers), tuple(comparisons), tuple(findings), events_of(clips))  # fmt: skip
+                           layout, tuple(pointers), tuple(comparisons), tuple(findings), events_of(clips),
+                           sightings_of(clips, layout))  # fmt: skip
 
     def _trunk(self, clip: Clip, pictures: bool, cells: int) -> tuple[list[int], list[list[int]]]:
         """The trunk of a video with the tokens of its times, or that of an image, which has none."""

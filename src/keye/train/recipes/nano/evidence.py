@@ -75,6 +75,32 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Sightings(Generic[Array]):
+    """Visible objects of a batch and the visual tokens whose cells their centres lie in: `places` int64 [n, 2]
+    (sequence, token), `values` float32 [n, 3] (x, y as in `Finding`, 1 for big)."""
+
+    places: Array
+    values: Array
+
+
+def sightings_of(clips: Sequence[Clip], layout: TrunkLayout) -> Sightings[NDArray]:
+    """The sightings of clips of equally many frames."""
+    places, values = [], []
+    for row, clip in enumerate(clips):
+        for frame in range(clip.frames):
+            for thing in clip.scene.visible_objects(frame):
+                places.append((row, layout.cell(clip, thing, frame)[0]))
+                values.append((*_from_middle(clip, thing.position(frame)), float(thing.size == "big")))
+    return Sightings(np.array(places, np.int64).reshape(-1, 2), np.array(values, np.float32).reshape(-1, 3))
+
+
+def _from_middle(clip: Clip, position: tuple[float, float]) -> tuple[float, float]:
+    """A position in the scene as a share of half the frame, -1 to 1."""
+    (x, y), (width, height) = position, clip.scene.canvas
+    return 2 * x / width - 1, 2 * y / height - 1
+
+
+@dataclass(frozen=True)
 class Events(Generic[Array]):
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
     bool [B, F, 3] the same of rendered text, `background` int64 [B, F] (`UNNAMED` for textures), `cut` bool [B, F],
@@ -207,15 +233,15 @@ class PointerMaker:
         last = start + len(head) - 1
         if question.task == "size":
             return Finding("size", row, last, (float(thing.size == "big"),))
-        (x, y), (width, height) = thing.position(frames[0]), clip.scene.canvas
+        x, y = _from_middle(clip, thing.position(frames[0]))
         if question.task == "place":
-            return Finding("place", row, last, (2 * x / width - 1, 2 * y / height - 1))
+            return Finding("place", row, last, (x, y))
         pair = [self._color[thing.color], self._shape[thing.shape]]
         name = start + next(index for index in range(1, len(head)) if head[index - 1 : index + 1] == pair)
         if question.task == "times":
             return Finding("times", row, name, (float(len(thing.intervals) > 1),))
-        to_x, to_y = thing.position(thing.last)
-        return Finding("direction", row, name, (2 * (to_x - x) / width, 2 * (to_y - y) / height))
+        to_x, to_y = _from_middle(clip, thing.position(thing.last))
+        return Finding("direction", row, name, (to_x - x, to_y - y))
 
     def of_answer(
         self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int

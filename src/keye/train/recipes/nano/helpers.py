@@ -29,7 +29,7 @@ from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, Fi
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
-    "cell": (0.67, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
+    "cell": (0.5, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -86,7 +86,7 @@ class Helpers(nn.Module):
             self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
         if config.tracking:
             self.again, self.cut = PairHead(width, 1), nn.Linear(width, 1)
-            self.findings = nn.Linear(width, 6)
+            self.findings, self.sightings = nn.Linear(width, 6), nn.Linear(width, 3)
         self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
     def _layer(self, depth: float) -> int:
@@ -234,7 +234,19 @@ class Helpers(nn.Module):
         self.record("cut", float((cut > 0)[target].sum()), float(target.sum()))
         rare = torch.tensor(RARE, device=cut.device)
         loss = loss + 2 * F.binary_cross_entropy_with_logits(cut, target.float(), pos_weight=rare)
+        rows, places = batch.sightings.places.unbind(1)
+        x = self._hidden(step, LOOKUP_DEPTH, batch)[rows, places]
+        sighted, values = self.sightings(F.rms_norm(x.float(), x.shape[-1:])), batch.sightings.values
+        error = (sighted[:, :2] - values[:, :2]).pow(2).mean()
+        self.record("error of sightings", float(error.detach().sqrt()), 1.0)
+        self.record("sees size", float(((sighted[:, 2] > 0) == (values[:, 2] > 0.5)).float().mean()), 1.0)
+        loss = loss + NUMBER_WEIGHT * error + F.binary_cross_entropy_with_logits(sighted[:, 2], values[:, 2])
+        return loss + self._read_findings(batch, step)
+
+    def _read_findings(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+        """What the questions know of their objects."""
         late = self._hidden(step, COMPARE_DEPTH, batch)
+        loss = torch.zeros((), device=late.device)
         for kind, columns in FINDINGS.items():
             if named := [finding for finding in batch.findings if finding.kind == kind]:
                 x = late[_rows_and_places(named, batch.layout.length, late.device)]
