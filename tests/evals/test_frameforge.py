@@ -248,3 +248,13 @@ def test_prompts_about_pictures_are_those_of_training(tiny):
         trunk = batch.trunk_ids.shape[1]
         trained = np.concatenate([batch.positions[0, :, :trunk], batch.positions[0, :, trunk:][:, head]], axis=1)
         assert (prompt.position_ids.numpy() == trained).all()
+
+
+def test_an_exam_of_chosen_tasks_asks_about_nothing_else():
+    options = EvalOptions(questions=30, frames=(8, 10), tasks=("place", "times"))
+    assert {question.task for _, chosen in exam(options) for question in chosen} == {"place", "times"}
+    assert sum(len(chosen) for _, chosen in exam(options)) == 30
+    with pytest.raises(KeyeError, match="tasks holds 'colour'"):
+        EvalOptions(tasks=("colour",))
+    with pytest.raises(KeyeError, match="chosen for clips, but scene is 'close'"):
+        EvalOptions(tasks=("place",), scene="close")

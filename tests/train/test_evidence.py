@@ -211,3 +211,16 @@ def test_names_that_are_counted_point_at_the_last_appearance():
                 assert int(again.argmax()) == pointer.frame
             answers.add(question.answer)
     assert answers == {"1", "2"}
+
+
+def test_sightings_are_the_centres_of_the_visible_objects():
+    clip, _, batch = packed(5, ["presence"])
+    places, values = batch.sightings.places, batch.sightings.values
+    assert len(places) == sum(len(clip.scene.visible_objects(frame)) for frame in range(clip.frames))
+    labels = [dense_labels(clip, frame) for frame in range(clip.frames)]
+    for (row, place), (x, y, big) in zip(places, values, strict=True):
+        assert row == 0
+        frame = next(f for f in range(clip.frames) if 0 <= place - batch.layout.visual(f) < batch.layout.cells)
+        cell_row, cell_column = divmod(int(place) - batch.layout.visual(frame), batch.layout.columns)
+        assert labels[frame].size[cell_row, cell_column] in (0, 1 + big)
+        assert (cell_column, cell_row) == (int((x + 1) / 2 * 4), int((y + 1) / 2 * 4))

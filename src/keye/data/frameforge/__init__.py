@@ -14,12 +14,14 @@ from keye.data.frameforge.labels import dense_labels
 from keye.data.frameforge.questions import TASKS, Question, format_intervals, picture_questions, questions
 from keye.data.frameforge.render import render
 from keye.data.frameforge.scene import SPLITS, Clip, SceneObject, make_clip, stream
+from keye.data.frameforge.traces import TRACED_TASKS, trace
 from keye.data.frameforge.windows import FILM_SIZES, make_window, window_questions
 from keye.data.frameforge.words import HELD_OUT_PAIRS, HELD_OUT_WORDS, TRAIN_WORDS, vocabulary
 from keye.data.frameforge.writer import write_mp4
 
 __all__ = [
-    "FILM_SIZES", "HELD_OUT_PAIRS", "HELD_OUT_WORDS", "SPLITS", "TASKS", "TRAIN_WORDS", "Clip", "Film", "FilmEvent",
-    "Question", "SceneObject", "dense_labels", "format_intervals", "make_clip", "make_window", "picture_questions",
-    "plan_film", "questions", "render", "stream", "vocabulary", "window_questions", "write_film", "write_mp4",
+    "FILM_SIZES", "HELD_OUT_PAIRS", "HELD_OUT_WORDS", "SPLITS", "TASKS", "TRACED_TASKS", "TRAIN_WORDS", "Clip", "Film",
+    "FilmEvent", "Question", "SceneObject", "dense_labels", "format_intervals", "make_clip", "make_window",
+    "picture_questions", "plan_film", "questions", "render", "stream", "trace", "vocabulary", "window_questions",
+    "write_film", "write_mp4",
 ]  # fmt: skip

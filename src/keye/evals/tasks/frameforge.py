@@ -81,6 +81,7 @@ class EvalOptions:
     mp4: bool = False
     max_tokens: int = 96
     scene: Literal["clip", "window", "close"] = "clip"
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         fewest, most = self.frames
@@ -100,6 +101,10 @@ class EvalOptions:
             raise KeyeError(f"select is {self.select!r} but dense attention selects nothing; use mode sparse")
         if self.mp4 and self.scene != "clip":
             raise KeyeError(f"scene is {self.scene!r}, but only clips go through video files; leave mp4 out")
+        if unknown := sorted(set(self.tasks) - set(frameforge.TASKS)):
+            raise KeyeError(f"tasks holds {unknown[0]!r}; choose from {', '.join(frameforge.TASKS)}")
+        if self.tasks and self.scene != "clip":
+            raise KeyeError(f"tasks are chosen for clips, but scene is {self.scene!r}; leave one of them out")
         check_kv_format(self.kv)
         check_kv_format(self.indexer_kv)
         if self.max_tokens < 1:
@@ -133,7 +138,8 @@ def evaluate(runtime: Runtime, options: EvalOptions, progress: Progress | None =
 
 
 def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
-    """The clips with their questions, as many in all as asked for. Depends on split, frames, objects and seed."""
+    """The clips with their questions, as many in all as asked for. Depends on split, frames, objects, seed,
+    scene and tasks."""
     rng = frameforge.stream(options.split, options.seed, "evaluation")
     left = options.questions
     while left:
@@ -142,7 +148,9 @@ def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
             clip = frameforge.make_clip(
                 seed, frames=frames, objects=options.objects, split=options.split, size=FRAME_SIZE
             )
-            questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP))[:left]
+            questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP), tasks=options.tasks or None)[
+                :left
+            ]
         else:
             (film,) = rng.choices(list(frameforge.FILM_SIZES), list(frameforge.FILM_SIZES.values()))
             clip = frameforge.make_window(
