@@ -152,6 +152,7 @@ VERBS = {
     "quantize": ("keye.commands.quantize:quantize", "write a model with weights of 4 or 8 bits"),
     "inspect": ("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "convert": ("keye.commands.convert:convert", "write a model as GGUF, or a GGUF file as safetensors"),
+    "finetune": ("keye.commands.finetune:finetune", "teach a model from your data, by an adapter or as a whole"),
     "train": ("keye.commands.train:train", "train a model by the stages of a TOML file"),
     "eval": ("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),
     "doctor": ("keye.commands.doctor:doctor", "check this machine and this installation"),
@@ -180,7 +181,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 a failure of ours, 2 a mistake of the user, 130 Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for name, value in (ENVIRONMENT | (TRAIN_ENVIRONMENT if "train" in arguments else {})).items():
+    for name, value in (ENVIRONMENT | (TRAIN_ENVIRONMENT if {"train", "finetune"} & set(arguments) else {})).items():
         os.environ.setdefault(name, value)
     return run(cli, arguments)
 

@@ -61,6 +61,9 @@ class StageConfig(Settings):
     projector_lr: Rate | None = None
     """Learning rate of the projector instead of the two."""
     warmup_steps: int = Field(default=50, ge=0)
+    """Steps over which the learning rates rise in the beginning."""
+    warmup_fraction: Share = 0.0
+    """Share of the stage over which they rise, where that is longer."""
     decay: Literal["linear", "cosine"] = "linear"
     """How the learning rates fall over the last `decay_fraction` of the stage, to `final_lr` of their value."""
     decay_fraction: Share = 0.3
@@ -97,6 +100,8 @@ class StageConfig(Settings):
         """The factor of all learning rates in step number `step`, with the share `done` of the stage behind it: linear
         warm-up, flat, then the decay."""
         warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if done < self.warmup_fraction:
+            warmup = min(warmup, done / self.warmup_fraction)
         left = min(1.0, max(0.0, 1.0 - done) / max(1e-9, self.decay_fraction))
         if self.decay == "linear":
             return warmup * max(self.final_lr, left)
