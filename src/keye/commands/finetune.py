@@ -42,6 +42,7 @@ what = options.combine(
     click.option("--lora-rank", type=options.COUNT, metavar="N", help="Rank of the adapter.  [default: 16]"),
     click.option("--lora-alpha", type=options.Positive(), help="Its outputs count alpha / rank.  [default: 32]"),
     click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), help="[default: 0]"),
+    click.option("--rslora/--no-rslora", **_SWITCH, help="It counts alpha / sqrt(rank).  [default: no]"),
     click.option("--target-modules", multiple=True, metavar="NAME",
                  help="Layers that get an adapter, as q_proj; may be repeated.  [default: all-linear]"),
     click.option("--lora-experts/--no-lora-experts", **_SWITCH, help="Adapt the experts of a mixture.  [default: yes]"),

@@ -60,7 +60,8 @@ def test_a_run_is_a_file_of_keye_train(tmp_path: Path) -> None:
 def test_an_adapter_leaves_vision_and_indexer_alone() -> None:
     run = a_run()
     (stage,) = run.stages
-    assert run.lora is not None and run.lora.targets == ("all-linear",) and run.lora.experts
+    assert run.lora is not None and run.lora.targets == ("all-linear",)
+    assert run.lora.experts and run.lora.exclude == ("tower", "projector", "indexer")
     assert (stage.trained_parts, stage.frozen_parts, stage.attention) == (("decoder",), ("indexer",), "sparse")
     assert (stage.lr, stage.indexer_kl, stage.epochs, stage.steps) == (1e-4, 0, 1, None)
 
@@ -68,7 +69,7 @@ def test_an_adapter_leaves_vision_and_indexer_alone() -> None:
 def test_parts_are_freed_and_frozen_one_by_one() -> None:
     run = a_run(freeze_vision=False, freeze_llm=True, freeze_indexer=False, max_steps=9, vision_lr=1e-6)
     (stage,) = run.stages
-    assert run.lora is not None and run.lora.targets == ("vision", "indexer") and not run.lora.experts
+    assert run.lora is not None and run.lora.targets == ("tower", "indexer") and not run.lora.experts
     assert (stage.trained_parts, stage.frozen_parts) == (("tower", "indexer"), ())
     assert (stage.steps, stage.epochs, stage.vision_lr, stage.indexer_kl) == (9, None, 1e-6, 1)
 

@@ -47,7 +47,7 @@ REASONS: Final = {
         "keye chooses its kernels itself",
     "bnb_.*|quant_method|quantization_method|quantization_type|double_quantization|hqq_.*":
         "keye has number formats of its own, in groups of 64 or by row (docs/quantisation.md)",
-    "use_dora|use_rslora|loraplus.*|lora_bias|init_weights|init_lora_weights|pissa.*|lora_ga.*|adalora.*|galore.*|"
+    "use_dora|loraplus.*|lora_bias|init_weights|init_lora_weights|pissa.*|lora_ga.*|adalora.*|galore.*|"
     "use_galore|lorap.*|lora_modules|modules_to_save|additional_target|lora_dtype": _NOT_LORA,
     "target_regex|target_parameters|lora_target_parameters": "targets are named by target_modules and lora_experts",
     "freeze_parameters.*|trainable_parameters.*|freeze_trainable.*|freeze_extra.*":

@@ -20,6 +20,7 @@ _NAMES: Final[dict[str, str]] = {
     "quant": "quant_bits quantization_bit",
     "lora_rank": "lora_r lora_dim",
     "lora_dropout": "lora_dropout_p",
+    "rslora": "use_rslora",
     "target_modules": "lora_target_modules lora_target target_module",
     "freeze_vision": "freeze_vit freeze_vision_tower freeze_visual_encoder",
     "freeze_projector": "freeze_aligner freeze_multi_modal_projector freeze_mm_projector freeze_merger",
@@ -48,7 +49,8 @@ ALIASES: Final = {alias: name for name, aliases in _NAMES.items() for alias in a
 
 #: Flags that are on or off, and those that several values may follow.
 SWITCHES: Final = frozenset(
-    "freeze_vision freeze_projector freeze_llm freeze_indexer lora_experts packing gradient_checkpointing".split()
+    "freeze_vision freeze_projector freeze_llm freeze_indexer lora_experts rslora packing "
+    "gradient_checkpointing".split()
 )
 LISTS: Final = frozenset("data val_data target_modules".split())
 #: Values of other trainers that keye calls otherwise.

@@ -49,6 +49,8 @@ class FinetuneSettings(Settings):
     lora_rank: Count = 16
     lora_alpha: Rate = 32.0
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False
+    """Count the adapter by alpha / sqrt(rank) instead of alpha / rank."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), strict=False)
     """Layers that get an adapter: all-linear, or names such as q_proj."""
     lora_experts: bool = True
@@ -165,12 +167,12 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
     is_mixture = config.text.num_experts > 0
     lora = None
     if settings.method == "lora":
-        parts = {"vision": settings.freeze_vision, "projector": settings.freeze_projector}
-        parts |= {"indexer": settings.freeze_indexer} if is_sparse else {}
+        parts = _freezing(settings, is_sparse)
         targets = () if settings.freeze_llm else settings.target_modules
         targets += tuple(name for name, is_frozen in parts.items() if not is_frozen)
         lora = LoraSettings(
             rank=settings.lora_rank, alpha=settings.lora_alpha, dropout=settings.lora_dropout, targets=targets,
+            exclude=tuple(name for name, is_frozen in parts.items() if is_frozen), rslora=settings.rslora,
             experts=settings.lora_experts and is_mixture and not settings.freeze_llm,
         )  # fmt: skip
     return FamilyConfig(
@@ -181,11 +183,15 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
     )  # fmt: skip
 
 
+def _freezing(settings: FinetuneSettings, is_sparse: bool) -> dict[str, bool]:
+    """Parts beside the language model, and whether each is frozen."""
+    parts = {"tower": settings.freeze_vision, "projector": settings.freeze_projector}
+    return parts | ({"indexer": settings.freeze_indexer} if is_sparse else {})
+
+
 def _make_stage(settings: FinetuneSettings, is_sparse: bool) -> FamilyStage:
     decoder = () if settings.freeze_llm else ("decoder",)
-    parts = {"tower": settings.freeze_vision, "projector": settings.freeze_projector}
-    parts |= {"indexer": settings.freeze_indexer} if is_sparse else {}
-    trained = (*decoder, *(name for name, is_frozen in parts.items() if not is_frozen))
+    trained = (*decoder, *(name for name, is_frozen in _freezing(settings, is_sparse).items() if not is_frozen))
     freezes = ("indexer",) if is_sparse and settings.freeze_indexer and decoder else ()
     return FamilyStage(
         name="finetune", steps=settings.max_steps, epochs=settings.epochs or (None if settings.max_steps else 1.0),
