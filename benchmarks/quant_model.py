@@ -72,7 +72,7 @@ def build(text: TextConfig, weights: str, head: str) -> Network:
         if isinstance(module, QuantizedWeight):
             fill_with_codes(module)
     pack_weights(network)
-    small = registry.find_elementwise(torch.device("cpu"))
+    small = registry.find_elementwise(torch.device("cpu"), text.hidden_size)
     for module in network.modules():
         if isinstance(module, Layer):
             module.elementwise = small

@@ -97,8 +97,10 @@ class Indexer(Layer):
         """Queries [T, J, I] and keys [T, I] after norm, M-RoPE and Hadamard, and raw gates [T, J]."""
         fused = self.q_proj(x)
         q, w = fused.split((self.heads * self.dim, self.heads), dim=-1)
-        q, small = q.unflatten(-1, (self.heads, self.dim)), self.elementwise
-        if self.numerics != "official" and not self.training:
+        q = q.unflatten(-1, (self.heads, self.dim))
+        # In training too by the code of inference: a last bit of difference would select other keys.
+        small = registry.find_elementwise(x.device, x.shape[-1]) if self.training else self.elementwise
+        if self.numerics != "official":
             q = small.index_query(q, self.q_norm.weight, self.q_norm.eps, cos, sin)
             norm, k = self.k_norm, self.k_proj(x).unsqueeze(1)
             return q, small.index_key(k, norm.weight, norm.bias, norm.eps, cos, sin).squeeze(1), w
@@ -106,13 +108,8 @@ class Indexer(Layer):
         k = F.layer_norm(
             self.k_proj(x).float(), (self.dim,), self.k_norm.weight.float(), self.k_norm.bias.float(), self.k_norm.eps
         ).to(x.dtype)
-        if self.numerics == "official":
-            q, k = _rotate_bf16(q.to(bf16), cos, sin), _rotate_bf16(k.to(bf16).unsqueeze(1), cos, sin)
-        else:
-            q, k = self.elementwise.rotate(q, cos, sin), self.elementwise.rotate(k.unsqueeze(1), cos, sin)
-        if not self.training:  # orthonormal: it changes no score, only what quantisation sees
-            q, k = hadamard_transform(q), hadamard_transform(k)
-        return q, k.squeeze(1), w
+        q, k = _rotate_bf16(q.to(bf16), cos, sin), _rotate_bf16(k.to(bf16).unsqueeze(1), cos, sin)
+        return hadamard_transform(q), hadamard_transform(k).squeeze(1), w
 
 
 def _rotate_bf16(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +50,6 @@ from keye.weights.source import (
 #: (full name, plain layer) -> the layer to use in its place: the same one, or one with the same `forward`, such as a
 #: quantised one, a shard, or one that carries an adapter and keeps the plain layer inside its own.
 LayerFactory = Callable[[str, nn.Module], nn.Module]
-#: Width from which a model computes its small operations by the compiled core, which may have to be built first.
-NATIVE_WIDTH: Final = 1024
 _MATRICES = (nn.Linear, Experts, QuantLinear, QuantExperts)
 
 
@@ -101,8 +98,7 @@ def load_model(
         plan = load_on_disk(model, plan, tensors, experts_folder)
     fill(model, plan, tensors)
     pack_weights(model)
-    if config.text.hidden_size >= NATIVE_WIDTH:
-        model.set_elementwise(registry.find_elementwise(model.device))
+    model.set_elementwise(registry.find_elementwise(model.device, config.text.hidden_size))
     model.origin = Path(folder) if any(CARRIED.search(name) for name in report.ignored) else None
     return model.eval(), report
 

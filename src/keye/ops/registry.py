@@ -32,6 +32,8 @@ from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 #: Fewest rows for products of float8 with float8, and the compute capability of cards whose kernel scales rows.
 FLOAT8_ROWS: Final = 64
 FLOAT8_CAPABILITY: Final = (9, 0)
+#: Width from which a model computes its small operations by the compiled core, which may have to be built first.
+NATIVE_WIDTH: Final = 1024
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 
@@ -162,8 +164,11 @@ def mix_experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, dow
     return None
 
 
-def find_elementwise(device: torch.device) -> Elementwise:
-    """The small operations for inference on a device: those of the compiled core, built where it was not, or plain."""
+def find_elementwise(device: torch.device, width: int) -> Elementwise:
+    """The small operations for inference on a device with a model of some width: those of the compiled core, built
+    where it was not, or the plain ones, as for narrow models."""
+    if width < NATIVE_WIDTH:
+        return PLAIN
     library = getattr(backends.of(device), "library", None)
     core = None if library is None else library()
     return PLAIN if core is None else cpu_elementwise.make(core)

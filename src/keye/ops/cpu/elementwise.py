@@ -1,17 +1,21 @@
 """Norms of rows, and what follows them, by the compiled core: one call where torch takes a dozen, which is what counts
 when a step is one token.
 
-The definitions are in `keye.ops.elementwise`; results differ from them in the last bit at most.
+The definitions are in `keye.ops.elementwise`; results differ from them in the last bit at most. Where a gradient is
+asked for, results are the same and the backward pass is that of the definition, which it computes again: a model in
+training has the numbers that it has in inference.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from keye.ops.elementwise import PLAIN, Elementwise
 
@@ -29,19 +33,50 @@ class _Norm(ctypes.Structure):
 
 
 def make(library: ctypes.CDLL) -> Elementwise:
-    """The operations by a library where it takes their operands, else the plain ones. They have no backward pass:
-    gradients take the plain ones."""
+    """The operations by a library where it takes their operands, else the plain ones."""
+    fast: dict[str, Callable[..., Any]] = {
+        "rms_norm": _rms_norm, "add_rms_norm": _add_rms_norm, "norm_rotate": _norm_rotate,
+        "index_query": _index_query, "index_key": _index_key,
+    }  # fmt: skip
     return PLAIN._replace(
-        rms_norm=partial(_rms_norm, library), add_rms_norm=partial(_add_rms_norm, library),
-        norm_rotate=partial(_norm_rotate, library), index_query=partial(_index_query, library),
-        index_key=partial(_index_key, library),
-    )  # fmt: skip
+        **{name: partial(_differentiate, partial(f, library), getattr(PLAIN, name)) for name, f in fast.items()}
+    )
+
+
+def _differentiate(fast: Callable[..., Any], plain: Callable[..., Any], *inputs: Any) -> Any:
+    """`fast(*inputs)`, with the gradients of `plain`."""
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return _Recomputed.apply(fast, plain, *inputs)
+    with torch.no_grad():
+        return fast(*inputs)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fast: Callable[..., Any], plain: Callable[..., Any], *inputs: Any) -> Any:
+        ctx.plain = plain
+        ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+        return fast(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Any, ...]:
+        inputs = [
+            other if x is None else x.detach().requires_grad_(need)
+            for x, other, need in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad[2:], strict=True)
+        ]
+        with torch.enable_grad():
+            out = ctx.plain(*inputs)
+        wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        gradients = iter(torch.autograd.grad(out, wanted, upstream))
+        return None, None, *(next(gradients) if need else None for need in ctx.needs_input_grad[2:])
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
     return (
         x.dtype in _DTYPES and weight.dtype in _DTYPES and x.shape[-1] % _MULTIPLE == 0 and x.device.type == "cpu"
-        and x.numel() > 0 and not torch.is_grad_enabled()
+        and x.numel() > 0
     )  # fmt: skip
 
 
