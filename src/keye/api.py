@@ -371,7 +371,7 @@ def load(
     # The small files come first: what they refuse need not be downloaded.
     folder = resolve(name, revision=revision, weights=False, progress=progress, mmproj=mmproj)
     config = load_model_config(folder)
-    chosen = _template(template, folder, config.release)
+    chosen = choose_template(template, folder, config.release)
     tokenizer = Tokenizer.from_file(folder)
     check_tokenizer(tokenizer, config)
     processor = Processor(load_processor_config(folder), decoder=decoder)
@@ -397,8 +397,8 @@ def load(
     return loaded
 
 
-def _template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
-    """The template that is asked for; None for keye's own."""
+def choose_template(name: str | Path, folder: Path, release: Release) -> CheckpointTemplate | None:
+    """The template of a checkpoint folder that `load` is asked for by `name`; None for keye's own."""
     if name == "keye" or (name == "auto" and not may_bring_template(folder)):
         _check_own_template(folder, release)
         return None

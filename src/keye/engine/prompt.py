@@ -202,8 +202,10 @@ class PromptBuilder:
         budget: ContextBudget | None = None,
         stream: bool = False,
         salt: bytes = b"",
+        media: Sequence[MediaItem] | None = None,
     ) -> Prompt:
-        """Opens and decodes the media of a rendered prompt, and gives every token its id and position.
+        """Opens and decodes the media of a rendered prompt, and gives every token its id and position; `media` are its
+        media where they were opened before.
 
         With `stream`, videos are not decoded yet: their items give pixels as they come, and every item has the key of
         its content, under `salt`: what one owner's media are called says nothing of another's.
@@ -211,29 +213,33 @@ class PromptBuilder:
         be known by then, and in any case before it is returned.
         """
         with collect_warnings() as notes:
-            prompt = self._lay_out(segments, budget, stream, salt)
+            prompt = self._lay_out(segments, budget, stream, salt, media)
         return replace(prompt, notes=tuple(notes), windows=self._windows(prompt))
 
-    def _lay_out(self, segments: Sequence[Segment], budget: ContextBudget | None, stream: bool, salt: bytes) -> Prompt:
+    def _lay_out(
+        self, segments: Sequence[Segment], budget: ContextBudget | None, stream: bool, salt: bytes,
+        opened: Sequence[MediaItem] | None,
+    ) -> Prompt:  # fmt: skip
         media = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         videos = sum(medium.kind == "video" for medium in media)
         runs = _split_runs(segments)
         if budget is not None:
             budget.check(sum(self.tokenizer.least_tokens(text) for run in runs for text, _ in run), 0, at_least=True)
         planned, visual = list[PlannedMedium](), 0
-        for medium in media:
+        for medium in media if opened is None else ():
             planned.append(plan_medium(medium, self.processor, videos, self.open_index, salt))
             visual += planned[-1].visual_tokens
             if budget is not None:
                 budget.check(visual, visual, at_least=True)  # before the next one is opened
-        text = self._encode_runs(runs, planned, budget)
+        text = self._encode_runs(runs, planned if opened is None else opened, budget)
         indexed, ids = _find_index(planned), list(text[0])
         if indexed is not None:
             if indexed.token_ids[: len(ids)].tolist() != ids or indexed.start != len(ids):
                 raise KeyeError(f"{indexed.name} was indexed with another text before the video: leave out system "
                                 "messages, tools and other templates, or index the video again with them")  # fmt: skip
             ids, text, planned = [*indexed.token_ids.tolist(), *text[1]], text[1:], planned[1:]
-        items = [self.processor.stream(medium, salt) if stream else self.processor.load(medium) for medium in planned]
+        items = list(opened or ())
+        items += [self.processor.stream(each, salt) if stream else self.processor.load(each) for each in planned]
         for item, after in zip(items, text[1:], strict=True):
             ids += self.piece_ids(item.pieces) + after
         prompt = self._positioned(ids, items, indexed)
@@ -313,7 +319,10 @@ class PromptBuilder:
         return PromptCost(text + tokens + sum(map(self._count_label_tokens, pieces)), tokens, tuple(plans))
 
     def _encode_runs(
-        self, runs: Sequence[Sequence[tuple[str, bool]]], planned: Sequence[PlannedMedium], budget: ContextBudget | None
+        self,
+        runs: Sequence[Sequence[tuple[str, bool]]],
+        planned: Sequence[PlannedMedium | MediaItem],
+        budget: ContextBudget | None,
     ) -> list[list[int]]:
         """The ids of the texts around media; with `budget`, `KeyeError` as soon as it is known that they do not fit."""
         if budget is None:
