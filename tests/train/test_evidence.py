@@ -151,29 +151,47 @@ def batches_about(task, seeds=range(40)):
             yield packed(seed, [task])
 
 
-def test_places_and_sizes_point_at_the_cells_of_their_object():
-    sizes, checked = {0.0: "small", 1.0: "big"}, 0
-    for task in ("place", "size"):
-        for clip, chosen, batch in batches_about(task):
-            pointers = [pointer for pointer in batch.pointers if pointer.kind == "cell"]
-            assert [pointer.place for pointer in pointers] == [answer.start for answer in batch.answers]
-            assert [finding.place for finding in batch.findings] == [answer.start for answer in batch.answers]
-            for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
-                labels = dense_labels(clip, pointer.frame)
-                cell = pointer.spans[0][0] - batch.layout.visual(pointer.frame)
-                row, column = divmod(cell, batch.layout.columns)
-                name = f"{list(COLORS)[labels.color[row, column] - 1]} {SHAPES[labels.shape[row, column] - 1]}"
-                assert name in question.text
-                if task == "size":
-                    assert sizes[finding.values[0]] == question.answer
-                    frames = {frame for thing in clip.scene.objects if thing.name == name for frame in range(10) if
-                              thing.visible(frame)}  # fmt: skip
-                    assert set(shown_frames(batch, pointer)) == frames
-                else:
-                    horizontal = question.answer in ("left", "right")
-                    assert (finding.values[not horizontal] > 0) == (question.answer in ("right", "bottom"))
-                checked += 1
+def name_at(batch, place):
+    """The name that ends at a place of the tail of the first sequence."""
+    return batch_maker(NANO).tokenizer.decode(batch.tail_ids[0, place - 1 : place + 1].tolist()).strip()
+
+
+def shown_name(clip, batch, frame, span):
+    """The object whose centre lies in the cell of a visual token."""
+    labels = dense_labels(clip, frame)
+    row, column = divmod(span[0] - batch.layout.visual(frame), batch.layout.columns)
+    return f"{list(COLORS)[labels.color[row, column] - 1]} {SHAPES[labels.shape[row, column] - 1]}"
+
+
+def test_places_point_at_the_cell_of_their_object():
+    checked = 0
+    for clip, chosen, batch in batches_about("place"):
+        pointers = [pointer for pointer in batch.pointers if pointer.kind == "place"]
+        findings = [finding for finding in batch.findings if finding.kind == "place"]
+        for pointer, finding, answer, question in zip(pointers, findings, batch.answers, chosen, strict=True):
+            assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) in question.text
+            assert f"{clip.timestamps[pointer.frame]:.1f} s" in question.text
+            assert pointer.place == finding.place < answer.start
+            horizontal = question.answer in ("left", "right")
+            assert (finding.values[not horizontal] > 0) == (question.answer in ("right", "bottom"))
+            checked += 1
     assert checked > 50
+
+
+def test_names_point_at_the_cells_of_their_object_and_know_its_size():
+    checked = 0
+    for clip, chosen, batch in batches_about("size"):
+        pointers = [pointer for pointer in batch.pointers if pointer.kind == "seen"]
+        for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
+            assert pointer.place == finding.place
+            name = name_at(batch, pointer.place)
+            assert name in question.text
+            (thing,) = [thing for thing in clip.scene.objects if thing.name == name]
+            assert shown_frames(batch, pointer) == [f for f in range(clip.frames) if thing.visible(f)]
+            assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) == name
+            assert {0.0: "small", 1.0: "big"}[finding.values[0]] == question.answer
+            checked += 1
+    assert checked > 10
 
 
 def test_directions_point_at_where_their_object_comes_from_and_goes_to():
@@ -181,7 +199,8 @@ def test_directions_point_at_where_their_object_comes_from_and_goes_to():
     checked = 0
     for clip, chosen, batch in batches_about("direction"):
         kinds = [[p for p in batch.pointers if p.kind == kind] for kind in ("from", "to")]
-        for begin, end, finding, question in zip(*kinds, batch.findings, chosen, strict=True):
+        findings = [finding for finding in batch.findings if finding.kind == "direction"]
+        for begin, end, finding, question in zip(*kinds, findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
             assert (begin.frame, end.frame) == (thing.first, thing.last)
             assert begin.place == end.place == finding.place
@@ -201,7 +220,8 @@ def test_names_that_are_counted_point_at_the_last_appearance():
     answers = set()
     for clip, chosen, batch in batches_about("times"):
         pointers = [pointer for pointer in batch.pointers if pointer.kind == "again"]
-        for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
+        findings = [finding for finding in batch.findings if finding.kind == "times"]
+        for pointer, finding, question in zip(pointers, findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
             assert pointer.frame == thing.intervals[-1][0]
             assert finding.values == (float(question.answer == "2"),)

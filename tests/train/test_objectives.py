@@ -157,7 +157,7 @@ def test_findings_are_learnt():
         optimizer.step(1.0)
         after = stage.figures.take()
         before = before or after
-    assert {f"looks at {kind}" for kind in ("cell", "from", "to", "again")} <= set(after)
+    assert {f"looks at {kind}" for kind in ("seen", "place", "from", "to", "again")} <= set(after)
     assert after["error of place"] < before["error of place"]
     assert after["finds size"] + after["finds times"] > before["finds size"] + before["finds times"]
 

@@ -186,8 +186,7 @@ class BatchMaker:
                 answers.append(AnswerSpan(row, answer, stop, question))
                 if compared := self.pointers.comparison(clips[row], question, head, row, start):
                     comparisons.append(compared)
-                if finding := self.pointers.finding(clips[row], question, head, row, start):
-                    findings.append(finding)
+                findings += self.pointers.findings(clips[row], question, head, row, start)
                 pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
                 pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
         positions = np.concatenate(

@@ -25,10 +25,11 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: `time`: the last token of a time in a question, at that frame. `first`, `last`: the last token of an object's name,
 #: at the frame where it first appears and where it is last seen. `start`, `end`: the tokens that predict a time of the
 #: answer, at the frame of that time; those that predict which of two objects comes first, at its first frame. `letter`:
-#: the token that predicts a letter, at the cell that shows it. `cell`: the token that predicts a place or a size, at
-#: the cells of the object's centre. `from`, `to`: the name in a question about a direction, at that cell of the first
-#: and of the last frame. `again`: the name in a question about how often, at the frame where the object comes last.
-PointerKind = Literal["time", "first", "last", "start", "end", "letter", "cell", "from", "to", "again"]
+#: the token that predicts a letter, at the cell that shows it. `seen`: the name of an object, at the cells of its
+#: centre while it is visible. `place`: the last token of name and time in a question about a place, at the cell of that
+#: frame. `from`, `to`: the name in a question about a direction, at the cell of the first and of the last frame.
+#: `again`: the name in a question about how often, at the frame where the object comes last.
+PointerKind = Literal["time", "first", "last", "start", "end", "letter", "seen", "place", "from", "to", "again"]
 FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
 UNNAMED = -100
@@ -196,20 +197,24 @@ class PointerMaker:
             frame = clip.timestamps.index(float(named[1]))
             place = start + max(i for i, token in enumerate(head) if token in self._tenths)
             yield Pointer("time", row, place, frame, (layout.span(frame),))
-        for thing in clip.scene.objects:
-            pair = [self._color[thing.color], self._shape[thing.shape]]
-            for index in range(len(head) - 1):
-                if head[index : index + 2] == pair:
-                    place = start + index + 1
-                    yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
-                    if thing.change is None:
-                        yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
-                    if question.task == "direction":
-                        yield Pointer("from", row, place, thing.first, (layout.cell(clip, thing, thing.first),))
-                        yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
-                    if question.task == "times":
-                        begin = thing.intervals[-1][0]
-                        yield Pointer("again", row, place, begin, (layout.span(begin),))
+        for index, thing in self._names(clip, head):
+            place = start + index
+            yield Pointer("first", row, place, thing.first, (layout.span(thing.first),))
+            if thing.change is None:
+                yield Pointer("last", row, place, thing.last, (layout.span(thing.last, 1),))
+            if question.task == "place":
+                frame, later = self._when(clip, question, head)
+                cell = layout.cell(clip, thing, frame)
+                yield Pointer("place", row, start + max(index, later), frame, (cell,))
+            else:
+                visible = [f for f in range(clip.frames) if thing.visible(f) and thing.color_at(f) == thing.color]
+                yield Pointer("seen", row, place, thing.first, tuple(layout.cell(clip, thing, f) for f in visible))
+            if question.task == "direction":
+                yield Pointer("from", row, place, thing.first, (layout.cell(clip, thing, thing.first),))
+                yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
+            if question.task == "times":
+                begin = thing.intervals[-1][0]
+                yield Pointer("again", row, place, begin, (layout.span(begin),))
 
     def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
         """The comparison that a question about order asks for, None for any other question."""
@@ -224,24 +229,36 @@ class PointerMaker:
         (_, first), (place, second) = named
         return Comparison(row, start + place, second > first)
 
-    def finding(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Finding | None:
-        """What a question about a place, a size, a direction or how often something appears has to find out, None for
-        any other question. The first two are known where the answer is predicted, the others where the name ends."""
-        if question.task not in ("place", "direction", "size", "times"):
-            return None
-        thing, frames = _subject(clip, question)
-        last = start + len(head) - 1
-        if question.task == "size":
-            return Finding("size", row, last, (float(thing.size == "big"),))
-        x, y = _from_middle(clip, thing.position(frames[0]))
-        if question.task == "place":
-            return Finding("place", row, last, (x, y))
-        pair = [self._color[thing.color], self._shape[thing.shape]]
-        name = start + next(index for index in range(1, len(head)) if head[index - 1 : index + 1] == pair)
-        if question.task == "times":
-            return Finding("times", row, name, (float(len(thing.intervals) > 1),))
-        to_x, to_y = _from_middle(clip, thing.position(thing.last))
-        return Finding("direction", row, name, (to_x - x, to_y - y))
+    def findings(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Iterator[Finding]:
+        """What the tokens of a question should know: a name the size of its object, where a place is asked for the last
+        token of name and time the place, where a direction or how often something appears is asked for the name."""
+        for index, thing in self._names(clip, head):
+            place = start + index
+            yield Finding("size", row, place, (float(thing.size == "big"),))
+            if question.task == "times":
+                yield Finding("times", row, place, (float(len(thing.intervals) > 1),))
+            if question.task == "direction":
+                (x, y), (to_x, to_y) = (_from_middle(clip, thing.position(f)) for f in (thing.first, thing.last))
+                yield Finding("direction", row, place, (to_x - x, to_y - y))
+            if question.task == "place":
+                frame, later = self._when(clip, question, head)
+                position = _from_middle(clip, thing.position(frame))
+                yield Finding("place", row, start + max(index, later), position)
+
+    def _names(self, clip: Clip, head: list[int]) -> Iterator[tuple[int, SceneObject]]:
+        """Where the names of objects end in `head`."""
+        for thing in clip.scene.objects:
+            pair = [self._color[thing.color], self._shape[thing.shape]]
+            for index in range(1, len(head)):
+                if head[index - 1 : index + 1] == pair:
+                    yield index, thing
+
+    def _when(self, clip: Clip, question: Question, head: list[int]) -> tuple[int, int]:
+        """The frame that a question names by its time, and where that time ends in `head`."""
+        named = _TIME.search(question.text)
+        assert named is not None, "a question about a place names a time"
+        place = max(index for index, token in enumerate(head) if token in self._tenths)
+        return clip.timestamps.index(float(named[1])), place
 
     def of_answer(
         self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int
@@ -260,9 +277,6 @@ class PointerMaker:
             first = min(thing.first for thing in clip.scene.objects if thing.name in question.text)
             for index in range(len(tail) - 1):
                 yield Pointer("start", row, start + index, first, (layout.span(first),))
-        if question.task in ("place", "size"):
-            thing, frames = _subject(clip, question)
-            yield Pointer("cell", row, start, frames[0], tuple(layout.cell(clip, thing, frame) for frame in frames))
         if question.task == "read":
             yield from self._of_text(clip, layout, tail, row, start)
 
@@ -279,15 +293,3 @@ class PointerMaker:
             spans = tuple((layout.visual(frame) + cell, layout.visual(frame) + cell + 1)
                           for frame in frames for cell in parts)  # fmt: skip
             yield Pointer("letter", row, start + index, frames[0], spans)
-
-
-def _subject(clip: Clip, question: Question) -> tuple[SceneObject, list[int]]:
-    """The object that a question names, by the colour it has there, and the frames that the question is about."""
-    named = _TIME.search(question.text)
-    if named is not None:
-        frames = [clip.timestamps.index(float(named[1]))]
-        thing = next(thing for thing in clip.scene.visible_objects(frames[0]) if thing.name in question.text)
-    else:
-        thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
-        frames = [frame for first, last in thing.intervals for frame in range(first, last + 1)]
-    return thing, frames

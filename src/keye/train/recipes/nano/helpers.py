@@ -29,7 +29,7 @@ from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, Fi
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
-    "cell": (0.5, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
+    "seen": (0.5, 1), "place": (0.5, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -66,6 +66,21 @@ class PairHead(nn.Module):
         return color @ shape.mT / RANK**0.5 + self.bias
 
 
+class Gauge(nn.Linear):
+    """Reads numbers from hidden states [n, d] -> [n, count]. Its steps are long, since what it reads lies in directions
+    in which hidden states vary little."""
+
+    gain = 20.0
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(width, count)
+        with torch.no_grad():
+            self.weight.div_(self.gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.rms_norm(x.float(), x.shape[-1:])) * self.gain
+
+
 class Helpers(nn.Module):
     """Heads and losses of one language stage; `record(name, sum, count)` takes figures for the log."""
 
@@ -85,8 +100,8 @@ class Helpers(nn.Module):
             self.so_far = PairHead(width, 1)
             self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
         if config.tracking:
-            self.again, self.cut = PairHead(width, 1), nn.Linear(width, 1)
-            self.findings, self.sightings = nn.Linear(width, 6), nn.Linear(width, 3)
+            self.again, self.cut = PairHead(width, 1), Gauge(width, 1)
+            self.findings, self.sightings = Gauge(width, 6), Gauge(width, 6)
         self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
     def _layer(self, depth: float) -> int:
@@ -230,17 +245,19 @@ class Helpers(nn.Module):
         again = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
         loss = self.pair_loss(self.again(again), batch.events.again.flatten(0, 1).unsqueeze(1), "seen again")
         x = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1)
-        cut, target = self.cut(F.rms_norm(x.float(), x.shape[-1:])).squeeze(-1), batch.events.cut.flatten()
+        cut, target = self.cut(x).squeeze(-1), batch.events.cut.flatten()
         self.record("cut", float((cut > 0)[target].sum()), float(target.sum()))
         rare = torch.tensor(RARE, device=cut.device)
         loss = loss + 2 * F.binary_cross_entropy_with_logits(cut, target.float(), pos_weight=rare)
         rows, places = batch.sightings.places.unbind(1)
-        x = self._hidden(step, LOOKUP_DEPTH, batch)[rows, places]
-        sighted, values = self.sightings(F.rms_norm(x.float(), x.shape[-1:])), batch.sightings.values
-        error = (sighted[:, :2] - values[:, :2]).pow(2).mean()
-        self.record("error of sightings", float(error.detach().sqrt()), 1.0)
-        self.record("sees size", float(((sighted[:, 2] > 0) == (values[:, 2] > 0.5)).float().mean()), 1.0)
-        loss = loss + NUMBER_WEIGHT * error + F.binary_cross_entropy_with_logits(sighted[:, 2], values[:, 2])
+        values = batch.sightings.values
+        for number, depth in enumerate((CHANGE_DEPTH, LOOKUP_DEPTH)):
+            sighted = self.sightings(self._hidden(step, depth, batch)[rows, places])[:, 3 * number : 3 * number + 3]
+            error = (sighted[:, :2] - values[:, :2]).pow(2).mean()
+            self.record(f"error of sightings {number + 1}", float(error.detach().sqrt()), 1.0)
+            size = ((sighted[:, 2] > 0) == (values[:, 2] > 0.5)).float().mean()
+            self.record(f"sees size {number + 1}", float(size), 1.0)
+            loss = loss + NUMBER_WEIGHT * error + F.binary_cross_entropy_with_logits(sighted[:, 2], values[:, 2])
         return loss + self._read_findings(batch, step)
 
     def _read_findings(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
@@ -250,7 +267,7 @@ class Helpers(nn.Module):
         for kind, columns in FINDINGS.items():
             if named := [finding for finding in batch.findings if finding.kind == kind]:
                 x = late[_rows_and_places(named, batch.layout.length, late.device)]
-                out = self.findings(F.rms_norm(x.float(), x.shape[-1:]))[:, columns]
+                out = self.findings(x)[:, columns]
                 values = torch.tensor([finding.values for finding in named], device=out.device)
                 if kind in YES_NO_FINDINGS:
                     self.record(f"finds {kind}", float(((out > 0) == (values > 0.5)).sum()), len(named))
