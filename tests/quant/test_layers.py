@@ -26,7 +26,9 @@ INT4, FP8 = QuantFormat("int4", 32), QuantFormat("fp8")
 def random_weight(*shape: int, form: QuantFormat = INT4, dtype: torch.dtype = torch.float32) -> QuantizedWeight:
     tensor = QuantTensor.empty(form, shape)
     tensor.codes.view(torch.uint8).copy_(torch.randint(0, 120, tensor.codes.shape))
-    tensor.scales.copy_(torch.rand(tensor.scales.shape))
+    for part in (tensor.scales, tensor.minima):
+        if part is not None:
+            part.copy_(torch.rand(part.shape))
     return QuantizedWeight.wrap(tensor, dtype)
 
 
@@ -122,20 +124,73 @@ def test_experts_of_tokens_are_mixed_when_packed() -> None:
 
 
 @pytest.mark.usefixtures("core")
-def test_gradients_pass_by_packed_weights() -> None:
-    """Also those of a bias and of a router, where the activations have none; without a backward pass packed weights
-    are read, whatever asks for gradients."""
-    bias = nn.Parameter(torch.randn(40))
+@pytest.mark.parametrize("form", [INT4, QuantFormat("int8"), QuantFormat("int4", 32, has_minimum=True)], ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+def test_tiles_hold_the_numbers_of_a_matrix(form: QuantFormat, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("keye.quant.layers.TILE_NUMBERS", 64 * 96)
+    weight, experts = random_weight(150, 96, form=form), random_weight(3, 100, 96, form=form)
+    wanted = [weight.tensor.dequantize(), experts.tensor[1].dequantize()]
+    if packed:
+        weight.pack()
+        experts.pack()
+    for tiles, numbers in zip((weight.tiles(), experts.tiles(1)), wanted, strict=True):
+        rows, parts = zip(*tiles, strict=True)
+        assert [part.shape[0] for part in parts[:-1]] == [64] * (len(parts) - 1) and rows[-1].stop == len(numbers)
+        assert torch.equal(torch.cat(parts), numbers)
+
+
+@pytest.mark.usefixtures("core")
+@pytest.mark.parametrize("tile", [32 * 96, 1 << 22], ids=["tiles", "single tile"])
+def test_gradients_are_those_of_the_numbers(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without a backward pass the same kernels compute the products, to the last bit."""
+    monkeypatch.setattr("keye.quant.layers.TILE_NUMBERS", tile)
+    bias = nn.Parameter(torch.randn(100))
     linear, experts = (
-        QuantLinear(random_weight(40, 96), bias),
-        QuantExperts(random_weight(4, 128, 96), random_weight(4, 96, 64)),
+        QuantLinear(random_weight(100, 96), bias),
+        QuantExperts(random_weight(3, 128, 96), random_weight(3, 96, 64)),
     )
+    numbers, ups = linear.weight.tensor.dequantize(), experts.gate_up_proj.tensor.dequantize()
     pack_weights(nn.ModuleList([linear, experts]))
-    x, chosen, weights = torch.randn(3, 96), torch.tensor([[1], [0], [3]]), torch.ones(3, 1, requires_grad=True)
-    linear(x).sum().backward()
-    assert bias.grad is not None
-    assert experts.mix(x, weights, chosen) is None
+    x, grad, sizes = torch.randn(5, 96), torch.randn(5, 100), [3, 0, 2]
     with torch.no_grad():
-        assert linear.weight.packed is not None
-        assert torch.equal(linear(x), linear.weight.packed.matmul(x, bias))
-        assert experts.mix(x.requires_grad_(), weights, chosen) is not None
+        expected = linear(x), experts.project_up(x, sizes)
+    x.requires_grad_()
+    for frozen in (False, True):
+        bias.requires_grad_(not frozen)
+        y = linear(x)
+        torch.testing.assert_close(y, expected[0])
+        assert not frozen or torch.equal(y, expected[0])
+        (dx,) = torch.autograd.grad(y, x, grad)
+        torch.testing.assert_close(dx, grad @ numbers, atol=1e-4, rtol=1e-5)
+    up = experts.project_up(x, sizes)
+    assert torch.equal(up, expected[1])
+    grad = torch.randn(5, 128)
+    (dx,) = torch.autograd.grad(up, x, grad)
+    torch.testing.assert_close(dx, torch.cat((grad[:3] @ ups[0], grad[3:] @ ups[2])), atol=1e-4, rtol=1e-5)
+    bias.requires_grad_()
+    linear(x.detach()).sum().backward()  # where the activations have no gradient
+    assert bias.grad is not None and torch.equal(bias.grad, torch.full((100,), 5.0))
+
+
+@pytest.mark.usefixtures("core")
+def test_gradients_of_mixed_experts() -> None:
+    """Tokens and weights get those of plain experts with the same numbers, but for the rounding of activations."""
+    experts = QuantExperts(random_weight(4, 128, 96), random_weight(4, 96, 64))
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        assert weight.scales is not None
+        weight.scales /= 8
+    ups, downs = experts.gate_up_proj.tensor.dequantize(), experts.down_proj.tensor.dequantize()
+    pack_weights(experts)
+    x, weights, grad = torch.randn(20, 96), torch.rand(20, 2), torch.randn(20, 96)
+    chosen = torch.rand(20, 3).topk(2, dim=1).indices  # never the last expert
+    with torch.no_grad():
+        expected = experts.mix(x, weights, chosen)
+    x.requires_grad_()
+    weights.requires_grad_()
+    mixed = experts.mix(x, weights, chosen)
+    assert mixed is not None and expected is not None and torch.equal(mixed, expected)
+    inner = swiglu(torch.einsum("tk,tnmk->tnm", x, ups[chosen]))
+    plain = (torch.einsum("tnk,tnmk->tnm", inner, downs[chosen]) * weights.unsqueeze(2)).sum(1)
+    ours, wanted = (torch.autograd.grad(y, (x, weights), grad) for y in (mixed, plain))
+    for own, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))

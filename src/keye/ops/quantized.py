@@ -160,9 +160,16 @@ class QuantTensor:
         values = values.to(wide)
         if form.kind == "int4" and not form.has_minimum:
             values -= 8
-        values *= self._spread(self.scales.to(wide))
+        G = self.scales.shape[-1]
+        if form.rows == 1 and K == G * (
+            form.group or K
+        ):  # groups of one size: much faster than a scale for each number
+            groups, spread = values.unflatten(-1, (G, -1)), _append_dimension
+        else:
+            groups, spread = values, self._spread
+        groups *= spread(self.scales.to(wide))
         if self.minima is not None:
-            values += self._spread(self.minima.to(wide))
+            groups += spread(self.minima.to(wide))
         return values.to(dtype)
 
     def _spread(self, scales: Tensor) -> Tensor:
@@ -174,6 +181,10 @@ class QuantTensor:
             return scales
         assert form.group is not None
         return scales.repeat_interleave(form.group, -1)[..., :K]
+
+
+def _append_dimension(scales: Tensor) -> Tensor:
+    return scales.unsqueeze(-1)
 
 
 class PackedWeight(Protocol):
@@ -198,6 +209,9 @@ class PackedWeight(Protocol):
 
     def unpack(self) -> QuantTensor:
         """The weight, bit for bit."""
+
+    def unpack_rows(self, expert: int, rows: slice) -> QuantTensor:
+        """Rows of one matrix, from a multiple of 32 on."""
 
     def matmul(self, x_NK: Tensor, bias: Tensor | None = None) -> Tensor:
         """x @ weight.T (+ `bias` [M]) -> [N, M] in the dtype of `x`."""

@@ -7,8 +7,9 @@ Legend: E experts, M outputs, K inputs, d model width, I expert width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from keye.ops import registry
 from keye.ops.elementwise import PLAIN, Elementwise
 from keye.ops.quantized import PackedWeight, QuantFormat, QuantTensor
 from keye.quant.digest import digest
+
+#: Numbers of a matrix that a backward pass holds at once, in rows that packed weights keep together.
+TILE_NUMBERS: Final = 1 << 22
+TILE_ROWS: Final = 32
 
 
 class QuantizedWeight(nn.Module):
@@ -70,6 +75,19 @@ class QuantizedWeight(nn.Module):
             assert self._digest is not None
             return self._digest
         return digest(part for part in (self.codes, self.scales, self.minima) if part is not None)
+
+    def tiles(self, expert: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """The numbers of a matrix [M, K], or of one expert's, a tile of rows at a time: the rows, and their numbers
+        [rows, K] in the dtype of the activations."""
+        form, (M, K), packed = self.format, self.shape[-2:], self.packed
+        step = max(1, TILE_NUMBERS // K // TILE_ROWS) * math.lcm(TILE_ROWS, form.rows)
+        for begin in range(0, M, step):
+            rows = slice(begin, min(M, begin + step))
+            if packed is not None:
+                part = packed.unpack_rows(expert or 0, rows)
+            else:
+                part = (self.tensor if expert is None else self.tensor[expert])[rows]
+            yield rows, part.dequantize(self.dtype)
 
     def pack(self) -> None:
         """Has fast kernels read the weight from now on, where there are any for it; takes as much memory again while it
@@ -147,11 +165,15 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., M]."""
-        rows, packed = x.reshape(-1, x.shape[-1]), self.weight.packed
-        if packed is not None and not _needs_gradient(rows, self.bias):
-            return packed.matmul(rows, self.bias).view(*x.shape[:-1], self.out_features)
-        y = registry.multiply_quantized(rows, self.weight.tensor).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        rows, bias = x.reshape(-1, x.shape[-1]), self.bias
+        if not _needs_gradient(rows, bias):
+            y = _multiply(rows, self.weight, None, bias)
+        elif _needs_gradient(bias):
+            assert bias is not None
+            y = Product.apply(rows, self.weight, None, None) + bias
+        else:
+            y = Product.apply(rows, self.weight, None, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -204,7 +226,7 @@ class QuantExperts(nn.Module):
         """Tokens `x` [T, d] through their `chosen` experts int64 [T, K], summed with `weights` float32 [T, K], in one
         call; None where no kernel does so."""
         if _needs_gradient(x, weights):
-            return None
+            return Mixture.apply(x, weights, chosen, self) if self.gate_up_proj.packed is not None else None
         return registry.mix_packed_experts(x, weights, chosen, self.gate_up_proj.packed, self.down_proj.packed)
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -218,19 +240,88 @@ class QuantExperts(nn.Module):
 
     def project_up(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The first of the two products alone: [rows, d] -> [rows, 2I]."""
-        return _multiply(x, self.gate_up_proj, sizes)
+        return Product.apply(x, self.gate_up_proj, sizes, None)
 
     def project_down(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The second one: [rows, I] -> [rows, d]."""
-        return _multiply(x, self.down_proj, sizes)
+        return Product.apply(x, self.down_proj, sizes, None)
+
+
+class Product(torch.autograd.Function):
+    """`x @ weight.T` of a quantised weight, with the gradient of `x`: the kernels compute the product, and rounding of
+    activations in them counts as none. The backward pass holds one tile of numbers at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, sizes: list[int] | None, bias: Tensor | None) -> Tensor:
+        """Rows [N, K] -> [N, M]; of experts, rows that are sorted by expert, `sizes` of each."""
+        ctx.weight, ctx.sizes = weight, sizes
+        return _multiply(x, weight, sizes, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.sizes is None:
+            return _turn_back(grad, ctx.weight, None), None, None, None
+        parts = [_turn_back(part, ctx.weight, e) for e, part in enumerate(grad.split(ctx.sizes)) if part.shape[0]]
+        empty = grad.new_empty(0, ctx.weight.shape[-1])
+        return torch.cat(parts) if parts else empty, None, None, None
+
+
+class Mixture(torch.autograd.Function):
+    """`QuantExperts.mix` with the gradients of tokens and weights. Nothing is kept for the backward pass but these: it
+    computes the inner numbers again, one expert at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, experts: QuantExperts) -> Tensor:
+        ctx.experts = experts
+        ctx.save_for_backward(x, weights, chosen)
+        mixed = experts.mix(x, weights, chosen)
+        assert mixed is not None
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weights, chosen = ctx.saved_tensors
+        up, down, K = ctx.experts.gate_up_proj, ctx.experts.down_proj, chosen.shape[1]
+        flat = chosen.flatten()
+        order, counts = flat.argsort(stable=True), torch.bincount(flat, minlength=up.shape[0]).tolist()
+        dx, dweights = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(weights).flatten()
+        for e, slots in enumerate(order.split(counts)):
+            if not len(slots):
+                continue
+            tokens, share = slots // K, weights.flatten()[slots].unsqueeze(1)
+            inner = torch.cat([x[tokens] @ tile.t() for _, tile in up.tiles(e)], dim=1)
+            gate, value = inner.float().chunk(2, dim=1)
+            open_, back = gate.sigmoid(), _turn_back(grad[tokens], down, e).float()
+            dweights[slots] = (back * gate * open_ * value).sum(1).to(dweights.dtype)
+            back *= share
+            dgate = back * value * open_ * (1 + gate * (1 - open_))
+            both = torch.cat((dgate, back * gate * open_), dim=1).to(x.dtype)
+            dx.index_add_(0, tokens, _turn_back(both, up, e).float())
+        return dx.to(x.dtype), dweights.view_as(weights), None, None
+
+
+def _turn_back(grad: Tensor, weight: QuantizedWeight, expert: int | None) -> Tensor:
+    """`grad @ weight` [N, K] for gradients [N, M] of its products, tile by tile."""
+    total: Tensor | None = None
+    for rows, tile in weight.tiles(expert):
+        part = grad[:, rows] @ tile.to(grad.dtype)
+        if total is None and rows.stop == grad.shape[1]:
+            return part
+        total = part.float() if total is None else total.add_(part)
+    assert total is not None
+    return total.to(grad.dtype)
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a product is part of a backward pass, which packed weights do not have."""
+    """Whether a product is part of a backward pass."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _multiply(x: Tensor, weight: QuantizedWeight, sizes: list[int]) -> Tensor:
-    if weight.packed is not None and not _needs_gradient(x):
-        return weight.packed.grouped_matmul(x, sizes)
-    return registry.multiply_quantized(x, weight.tensor, sizes)
+@torch.no_grad()
+def _multiply(x: Tensor, weight: QuantizedWeight, sizes: list[int] | None, bias: Tensor | None = None) -> Tensor:
+    """The product by the kernels."""
+    packed = weight.packed
+    if packed is not None:
+        return packed.matmul(x, bias) if sizes is None else packed.grouped_matmul(x, sizes)
+    y = registry.multiply_quantized(x, weight.tensor, sizes)
+    return y if bias is None else y + bias

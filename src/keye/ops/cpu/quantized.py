@@ -20,6 +20,8 @@ from keye.ops.quantized import QuantFormat, QuantTensor
 
 _DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _BITS: Final = {"int4": 4, "int8": 8}
+#: Outputs of a matrix that lie together in packed memory.
+PAIR_OUTPUTS: Final = 32
 
 
 class _Quant(ctypes.Structure):
@@ -120,6 +122,16 @@ class CpuPacked:
         self._exchange(self._core.keye_quant_unpack, codes, parts)
         parts = [part.to(form.scale_dtype) for part in parts]
         return QuantTensor(form, shape, codes, parts[0], parts[1] if form.has_minimum else None)
+
+    def unpack_rows(self, expert: int, rows: slice) -> QuantTensor:
+        """Rows of one matrix, from a multiple of 32 on: those that lie together in packed memory."""
+        assert rows.start % PAIR_OUTPUTS == 0
+        pair_bytes = self.data.shape[1] // -(-self.shape[-2] // PAIR_OUTPUTS)
+        shape = (rows.stop - rows.start, self.shape[-1])
+        part = CpuPacked(self._core, self.format, shape, self._scale_dtype)
+        begin = rows.start // PAIR_OUTPUTS * pair_bytes
+        part.move(self.data[expert, begin : begin + part.nbytes], is_mapped=False)
+        return part.unpack()
 
     @property
     def nbytes(self) -> int:
