@@ -1,0 +1,1 @@
+"""How people write conversations down, and how each becomes a sample."""
