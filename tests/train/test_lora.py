@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import keye
 from keye import Keye
 from keye.config import model_config_from_dict
 from keye.models.keye import KeyeModel
@@ -19,7 +22,7 @@ from keye.train.config import LoraSettings
 from keye.train.lora import LoraError, LoraParameters, add_lora, load_adapter, multiply_grouped, save_adapter
 from keye.train.packed import PackedStep
 from keye.train.recipes.nano.initialise import fresh_model
-from tests.support.tiny import tiny_model, tiny_raw
+from tests.support.tiny import tiny_folder, tiny_model, tiny_raw
 
 IDS = list(range(20, 60))
 EVERYTHING = LoraSettings(rank=4, alpha=6.0, targets=("all-linear", "router", "indexer", "head"), experts=True,
@@ -220,3 +223,38 @@ def test_training_goes_on_with_a_saved_adapter(tmp_path: Path) -> None:
         load_adapter(add_lora(tiny_model().model, LoraSettings()), tmp_path)
     with pytest.raises(LoraError, match="rank"):
         load_adapter(add_lora(tiny_model().model, EVERYTHING.model_copy(update={"rank": 8})), tmp_path)
+
+
+@pytest.mark.parametrize("quant", ["int4", "int8"])
+def test_a_quantised_base_computes_in_training_what_it_computes_in_the_engine(quant: Any, tmp_path: Path) -> None:
+    folder, ids = tiny_folder(tmp_path / "model"), IDS[:16]  # short enough for dense attention in the engine
+    runtime = keye.load(folder, quant=quant, dtype="float32")
+    model = runtime.model.train()
+    before = log_probs(model, ids)
+    lora = add_lora(model, EVERYTHING)
+    fill(lora)
+    ours = log_probs(model, ids)
+    assert not torch.allclose(ours, before, atol=1e-2)
+    ours.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in lora.named.values() if p.grad is not None)
+    save_adapter(lora, tmp_path / "tuned")
+    runtime = keye.load(folder, quant=quant, dtype="float32", adapters={"tuned": tmp_path / "tuned"})
+    assert float((engine_log_probs(runtime, "tuned", ids) - ours).abs().max().detach()) < 1e-3
+    assert float((engine_log_probs(runtime, None, ids) - before).abs().max().detach()) < 1e-3
+
+
+def test_layers_computed_again_give_the_same_gradients(tmp_path: Path) -> None:
+    """Of a quantised base with experts, by activation checkpointing."""
+    model = keye.load(tiny_folder(tmp_path), quant="int4", dtype="float32").model.train()
+    lora = add_lora(model, EVERYTHING.model_copy(update={"dropout": 0.5, "targets": ("all-linear", "head")}))
+    fill(lora)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        return list(torch.autograd.grad(log_probs(model).sum(), list(lora.named.values())))
+
+    expected = gradients()
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    for ours, other in zip(gradients(), expected, strict=True):
+        assert torch.equal(ours, other)
