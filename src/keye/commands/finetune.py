@@ -30,7 +30,7 @@ data = options.combine(
     click.option("-o", "--output", metavar="DIR", help="Folder of the adapter, or of the model with --method full."),
     click.option("--val-data", multiple=True, metavar="FILE", help="Data that is measured and not learnt from; "
                  "may be repeated."),
-    click.option("--weights", metavar="N,N", help="How much each DATA counts.  [default: all the same]"),
+    click.option("--weights", metavar="N,N", help="How often the rows of each DATA come in an epoch, as 2,1."),
     click.option("--columns", metavar="A=B,...", help="Names of columns in the data: messages=dialog."),
     click.option("--root", metavar="DIR", help="Folder that media paths are relative to.  [default: that of the file]"),
     click.option("--data", multiple=True, hidden=True),
@@ -45,7 +45,7 @@ what = options.combine(
     click.option("--rslora/--no-rslora", **_SWITCH, help="It counts alpha / sqrt(rank).  [default: no]"),
     click.option("--target-modules", multiple=True, metavar="NAME",
                  help="Layers that get an adapter, as q_proj; may be repeated.  [default: all-linear]"),
-    click.option("--lora-experts/--no-lora-experts", **_SWITCH, help="Adapt the experts of a mixture.  [default: yes]"),
+    click.option("--lora-experts/--no-lora-experts", **_SWITCH, help="Routed experts too.  [default: no]"),
     click.option("--freeze-vision/--no-freeze-vision", **_SWITCH, help="[default: frozen]"),
     click.option("--freeze-projector/--no-freeze-projector", **_SWITCH, help="[default: frozen]"),
     click.option("--freeze-llm/--no-freeze-llm", **_SWITCH, help="The language model.  [default: not frozen]"),

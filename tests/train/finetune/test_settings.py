@@ -61,7 +61,7 @@ def test_an_adapter_leaves_vision_and_indexer_alone() -> None:
     run = a_run()
     (stage,) = run.stages
     assert run.lora is not None and run.lora.targets == ("all-linear",)
-    assert run.lora.experts and run.lora.exclude == ("tower", "projector", "indexer")
+    assert not run.lora.experts and run.lora.exclude == ("tower", "projector", "indexer")
     assert (stage.trained_parts, stage.frozen_parts, stage.attention) == (("decoder",), ("indexer",), "sparse")
     assert (stage.lr, stage.indexer_kl, stage.epochs, stage.steps) == (1e-4, 0, 1, None)
 
@@ -113,6 +113,7 @@ def test_a_file_has_paths_of_its_own_and_flags_win(tmp_path: Path) -> None:
         ({"method": "full", "quant": "int4"}, 'quant = "int4" leaves numbers that cannot be trained'),
         ({"freeze_llm": True}, "every part is frozen"),
         ({"vision_lr": 1e-5}, "vision_lr has no effect on a frozen part; set freeze_vision = false"),
+        ({"lora_experts": True, "freeze_llm": True, "freeze_vision": False}, "leave one of the two out"),
         ({"eval_steps": 4}, "eval_steps needs val_data"),
         ({"fps": 1.0, "nframes": 4}, "nframes and fps exclude each other"),
     ],

@@ -34,7 +34,7 @@ class FinetuneSettings(Settings):
     output: Path = Field(strict=False)
     """Folder of the adapter, or of the model with method = "full"."""
     weights: tuple[Rate, ...] = Field(default=(), strict=False)
-    """How much each of `data` counts, in their order."""
+    """How often the rows of each of `data` come in an epoch, in their order."""
     val_data: tuple[str, ...] = Field(default=(), strict=False)
     """Files that are not learnt from: their loss is measured."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -53,8 +53,8 @@ class FinetuneSettings(Settings):
     """Count the adapter by alpha / sqrt(rank) instead of alpha / rank."""
     target_modules: tuple[str, ...] = Field(default=("all-linear",), strict=False)
     """Layers that get an adapter: all-linear, or names such as q_proj."""
-    lora_experts: bool = True
-    """Adapt the experts of a mixture too."""
+    lora_experts: bool = False
+    """Adapt the routed experts of a mixture too, with a pair for each."""
     freeze_vision: bool = True
     freeze_projector: bool = True
     freeze_llm: bool = False
@@ -116,6 +116,8 @@ class FinetuneSettings(Settings):
             raise ValueError(f'quant = "{self.quant}" leaves numbers that cannot be trained; set method = "lora"')
         if self.freeze_vision and self.freeze_projector and self.freeze_llm and self.freeze_indexer:
             raise ValueError("every part is frozen, so that nothing would be learnt; set freeze_llm = false")
+        if self.lora_experts and self.freeze_llm:
+            raise ValueError("lora_experts adapts a part that freeze_llm freezes; leave one of the two out")
         for name, is_frozen in (("vision_lr", self.freeze_vision), ("projector_lr", self.freeze_projector)):
             if getattr(self, name) is not None and is_frozen:
                 raise ValueError(f"{name} has no effect on a frozen part; set freeze_{name[:-3]} = false")
@@ -164,7 +166,6 @@ def _resolve(file: Path, name: str, value: Any) -> Any:
 def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> FamilyConfig:
     """The training run: one stage of the family's recipe on the model in `folder`, whose configuration is `config`."""
     is_sparse = config.text.sparse is not None
-    is_mixture = config.text.num_experts > 0
     lora = None
     if settings.method == "lora":
         parts = _freezing(settings, is_sparse)
@@ -173,7 +174,7 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
         lora = LoraSettings(
             rank=settings.lora_rank, alpha=settings.lora_alpha, dropout=settings.lora_dropout, targets=targets,
             exclude=tuple(name for name, is_frozen in parts.items() if is_frozen), rslora=settings.rslora,
-            experts=settings.lora_experts and is_mixture and not settings.freeze_llm,
+            experts=settings.lora_experts,
         )  # fmt: skip
     return FamilyConfig(
         model=folder.resolve(), output=settings.output.resolve(), stages=(_make_stage(settings, is_sparse),),
