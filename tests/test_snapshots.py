@@ -17,7 +17,7 @@ from keye.models.load import load_model
 from keye.train.recipes.nano.batches import make_batch
 from keye.train.recipes.nano.config import Mix
 from keye.train.recipes.nano.recipe import encode_frames
-from tests.support.training import NANO_RECIPE, make_tensors, nano_stage
+from tests.support.training import NANO_RECIPE, make_tensors, nano_stage, question_spans
 
 SNAPSHOTS = Path(__file__).parent / "data" / "nano-snapshots.json"
 MIX = (Mix(frames=8, clips=1, questions=6),)
@@ -39,9 +39,7 @@ def measure_logits(model, mode):
     """The five largest logits after the first question about a clip of 8 frames, and the length of all of them."""
     batch = make_batch(STAGES["language"], asset("nano"), 11)
     stop = batch.answers[0].start + 1
-    first = stop - 1
-    while first and batch.branch[0, first - 1] == batch.branch[0, first]:
-        first -= 1
+    first = question_spans(batch, 0)[0][0]
     ids = torch.cat((torch.from_numpy(batch.trunk_ids[0]), torch.from_numpy(batch.tail_ids[0, first:stop])))
     trunk = batch.trunk_ids.shape[1]
     positions = torch.from_numpy(batch.positions[0])

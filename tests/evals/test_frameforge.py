@@ -33,6 +33,7 @@ from tests.support.reference import PlainSequence
 from tests.support.tiny import tiny_model
 
 SMALL = {"frames": (4, 6), "questions": 25, "max_tokens": 5}
+from tests.support.training import question_spans
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +194,7 @@ def test_prompts_are_those_of_training(tiny):
     prompt = clip_prompt(tiny, clip, [question.text for question in chosen])
     shared = prompt.trunk.token_ids.shape[0]
     for number, answer in enumerate(batch.answers):
-        begin = int(np.flatnonzero(batch.branch[0] == number)[0])
+        begin = question_spans(batch, 0)[number][0]
         head = slice(begin, answer.start + 1)
         trained = [*batch.trunk_ids[0], *batch.tail_ids[0, head]]
         assert [*prompt.trunk.token_ids.tolist(), *prompt.branches[number]] == trained
@@ -242,7 +243,7 @@ def test_prompts_about_pictures_are_those_of_training(tiny):
     for number, answer in enumerate(batch.answers):
         picture = Medium("image", Image.fromarray(render(clip)[0]))
         prompt = builder.build([Message("user", (picture, chosen[number].text))])
-        begin = int(np.flatnonzero(batch.branch[0] == number)[0])
+        begin = question_spans(batch, 0)[number][0]
         head = slice(begin, answer.start + 1)
         assert prompt.token_ids.tolist() == [*batch.trunk_ids[0], *batch.tail_ids[0, head]]
         trunk = batch.trunk_ids.shape[1]

@@ -15,7 +15,7 @@ from keye.hub import asset
 from keye.models.attention import CachedStep, Span, cache_rows
 from keye.models.keye import KeyeModel
 from keye.models.moe import GroupRouter
-from keye.train.packed import PackedStep
+from keye.train.packed import TreeStep
 from tests.support.latent import latent_model, latent_raw
 
 LENGTH = 60
@@ -142,12 +142,12 @@ def test_mrope_only_where_the_file_asks_for_it() -> None:
 
 
 def test_training_steps_equal_inference() -> None:
-    """One trunk and one branch behind it, as `tests/models/test_packed.py` has them for the other decoders."""
+    """One trunk and one branch behind it, as `tests/train/test_packed.py` has them for the other decoders."""
     model = latent_model()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 90, (30,), generator=generator)
     positions = torch.arange(30).expand(3, -1)
-    step = PackedStep(torch.zeros(1, 10, dtype=torch.int64), 20, window=10)
+    step = TreeStep(torch.tensor([[0, 20, -1], [20, 30, 0]]), model.config.text)
     logits = model.logits(model(model.embed(ids), positions, step))
     torch.testing.assert_close(logits.detach(), run(model, [30]), rtol=0, atol=1e-4)
     logits.sum().backward()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from keye.train.loop import train
 from keye.train.recipe import move_batch
-from keye.train.recipes.nano.batches import make_batch
+from keye.train.recipes.nano.batches import PackedBatch, make_batch
 from keye.train.recipes.nano.config import Mix, NanoConfig, NanoStage, NanoTable
 from keye.train.recipes.nano.recipe import NanoRecipe
 from tests.support.tiny import NANO, tiny_folder
@@ -49,6 +49,14 @@ def make_tensors(stage: NanoStage, seed: int, folder: Path = NANO) -> Any:
 def train_nano(config: NanoConfig, **options: Any) -> Path:
     """`keye.train.loop.train` with keye-nano's recipe."""
     return train(config, NANO_RECIPE, **options)
+
+
+def question_spans(batch: PackedBatch[Any], row: int) -> list[tuple[int, int]]:
+    """First and one past the last tail position of each question of a sequence."""
+    trunk, tail = batch.trunk_ids.shape[1], batch.tail_ids.shape[1]
+    begin = row * (trunk + tail) + trunk
+    segments = [(start - begin, stop - begin) for start, stop, above in batch.segments.tolist() if above >= 0]
+    return [(start, stop) for start, stop in segments if 0 <= start < tail]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,27 +1,17 @@
-"""Packed batches: deterministic, nothing crosses a window, every label is where its answer is predicted."""
+"""Packed batches: deterministic, and every label is where its answer is predicted."""
 
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from keye.data.frameforge import make_clip, questions, render, stream
 from keye.train.batches import derived_seed
-from keye.train.recipes.nano.batches import (
-    IGNORE,
-    VISION_TARGETS,
-    WINDOW,
-    PackedBatch,
-    batch_maker,
-    fill_windows,
-    make_batch,
-)
+from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, PackedBatch, batch_maker, make_batch
 from keye.train.recipes.nano.config import Mix
 from tests.support.tiny import NANO
-from tests.support.training import assert_same, nano_stage
+from tests.support.training import assert_same, nano_stage, question_spans
 
 MIX = (Mix(frames=3, clips=3, questions=8), Mix(frames=5, clips=2, questions=6))
 LANGUAGE = nano_stage("language", steps=1, mix=MIX)
@@ -42,26 +32,6 @@ def test_derived_seeds_depend_on_every_part():
     assert derived_seed(0, "a", 1) == 7965780462979794708
 
 
-@given(st.lists(st.integers(1, WINDOW), min_size=1, max_size=40))
-def test_windows_hold_every_branch_whole(lengths):
-    places = fill_windows(lengths)
-    used = set()
-    for length, (start, stop) in zip(lengths, places, strict=True):
-        assert stop - start == length
-        assert start // WINDOW == (stop - 1) // WINDOW
-        assert used.isdisjoint(range(start, stop))
-        used.update(range(start, stop))
-    # First fit never opens a window while two others are both less than half full.
-    windows = {start // WINDOW for start, _ in places}
-    assert windows == set(range(len(windows)))
-    assert len(windows) <= 2 * -(-sum(lengths) // WINDOW)
-
-
-def test_branch_longer_than_a_window():
-    with pytest.raises(ValueError, match=f"take {WINDOW + 1} tokens; a window holds {WINDOW}"):
-        fill_windows([3, WINDOW + 1])
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_every_answer_is_labelled_where_it_is_predicted(seed):
     batch = make_batch(LANGUAGE, NANO, seed)
@@ -73,16 +43,11 @@ def test_every_answer_is_labelled_where_it_is_predicted(seed):
         labels, inputs = batch.labels[answer.row, span], batch.tail_ids[answer.row, span]
         assert tokenizer.decode(labels.tolist(), skip_special=False) == answer.question.answer + "<|im_end|>"
         assert (inputs[1:] == labels[:-1]).all()
-        numbers = batch.branch[answer.row, span]
-        assert (numbers == numbers[0]).all()
         learnt[answer.row, span] = True
-        places = np.flatnonzero(batch.branch[answer.row] == numbers[0])
-        assert (np.diff(places) == 1).all()
-        assert places[-1] == answer.stop - 1
-        head = tokenizer.decode(batch.tail_ids[answer.row, places[0] : answer.start + 1].tolist(), skip_special=False)
+        ((begin, _),) = [place for place in question_spans(batch, answer.row) if place[1] == answer.stop]
+        head = tokenizer.decode(batch.tail_ids[answer.row, begin : answer.start + 1].tolist(), skip_special=False)
         assert head == answer.question.text + "<|im_end|>\n<|im_start|>assistant\n"
     assert (batch.labels[~learnt] == IGNORE).all()
-    assert batch.tail_ids.shape[1] % WINDOW == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -91,10 +56,9 @@ def test_branches_continue_the_positions_of_the_video(seed):
     trunk = batch.trunk_ids.shape[1]
     following = batch.positions[0, 0, trunk - 1] + 1  # the trunk ends with a token of text
     for row in range(len(batch.frames)):
-        for number in range(batch.branch[row].max() + 1):
-            places = np.flatnonzero(batch.branch[row] == number)
-            expected = following + np.arange(len(places))
-            assert (batch.positions[row][:, trunk + places] == expected).all()
+        for start, stop in question_spans(batch, row):
+            expected = following + np.arange(stop - start)
+            assert (batch.positions[row][:, trunk + start : trunk + stop] == expected).all()
 
 
 def test_the_trunk_shows_the_clip():

@@ -20,7 +20,7 @@ from keye.models.keye import KeyeModel
 from keye.models.moe import MoE
 from keye.train.config import LoraSettings
 from keye.train.lora import LoraError, LoraParameters, add_lora, load_adapter, multiply_grouped, save_adapter
-from keye.train.packed import PackedStep
+from keye.train.packed import TreeStep
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import tiny_folder, tiny_model, tiny_raw
 
@@ -31,7 +31,7 @@ EVERYTHING = LoraSettings(rank=4, alpha=6.0, targets=("all-linear", "router", "i
 
 def log_probs(model: KeyeModel, ids: list[int] = IDS, mode: str = "dense") -> Tensor:
     """Log-probabilities of all but the first token by the training step."""
-    step = PackedStep(torch.zeros(1, 0, dtype=torch.int64), len(ids), window=1, mode=mode, topk=16)  # type: ignore[arg-type]
+    step = TreeStep(torch.tensor([[0, len(ids), -1]]), model.config.text, mode)  # type: ignore[arg-type]
     positions = torch.arange(len(ids)).expand(3, -1)
     logits = model.logits(model(model.embed(torch.tensor(ids)), positions, step))
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)

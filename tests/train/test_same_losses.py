@@ -28,13 +28,13 @@ STAGES = (
 RECORDED = [
     {"loss": 32.28, "grad_norm": 28.62},
     {"loss": 30.76, "grad_norm": 26.97},
-    {"loss": 7.517, "balance": 1.063, "grad_norm": 14.27},
-    {"loss": 7.531, "balance": 1.056, "grad_norm": 17.66},
-    {"loss": 7.52, "balance": 1.034, "grad_norm": 17.63},
-    {"kl/3": 0.4059, "grad_norm": 0.699},
-    {"kl/3": 0.3655, "grad_norm": 0.5382},
-    {"loss": 7.555, "kl/3": 0.2429, "balance": 1.05, "grad_norm": 2.365},
-    {"loss": 7.476, "kl/3": 0.2143, "balance": 1.042, "grad_norm": 2.212},
+    {"loss": 7.517, "balance": 1.029, "grad_norm": 14.19},
+    {"loss": 7.531, "balance": 1.027, "grad_norm": 17.86},
+    {"loss": 7.517, "balance": 1.034, "grad_norm": 16.73},
+    {"kl/3": 0.4096, "grad_norm": 0.71},
+    {"kl/3": 0.3643, "grad_norm": 0.543},
+    {"loss": 7.552, "kl/3": 0.2427, "balance": 1.031, "grad_norm": 2.424},
+    {"loss": 7.498, "kl/3": 0.2165, "balance": 1.038, "grad_norm": 2.201},
 ]
 
 

@@ -3,7 +3,7 @@ steps that decide what it attends to.
 
 A forward pass is ragged: tokens of several sequences are concatenated in one row [T, ...] without padding. The
 layer projects and rotates; the *step* knows sequences, caches and masks. `CachedStep` serves inference here,
-`keye.train.packed.PackedStep` serves training; both pass through the same layers.
+`keye.train.packed.TreeStep` serves training; both pass through the same layers.
 
 Legend: T tokens of the step, H query heads, G key/value heads, D head dim, J indexer heads, I indexer dim, d model
 width. Names and numerics of the indexer follow the official 2.0 code.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from keye.config import KeyeConfig, TextConfig
 from keye.errors import KeyeError
@@ -51,7 +52,10 @@ class DecoderLayer(Layer):
 
 
 class Decoder(nn.Module):
-    """Token embeddings, layers, final norm."""
+    """Token embeddings, layers, final norm. With `recompute`, a layer keeps its input alone for the backward pass,
+    which computes the layer again."""
+
+    recompute = False
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -64,7 +68,10 @@ class Decoder(nn.Module):
         """Embeddings [T, d] and positions int64 [3, T] -> normalised hidden states [T, d]."""
         rope = self.rope(position_ids)
         for layer in self.layers:
-            x = layer(x, rope, step)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, step, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, rope, step)
         return self.norm(x)
 
     def rope(self, position_ids: Tensor) -> Rope:
@@ -144,6 +151,13 @@ class KeyeModel(Layer):
         for module in self.modules():
             if isinstance(module, Layer):
                 module.elementwise = elementwise
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether layers and vision chunks keep their inputs alone for the backward pass, and are computed again in it:
+        memory of a few layers in place of all, for about a third more work."""
+        self.model.recompute = recompute
+        if self.config.has_vision:
+            self.visual.recompute = recompute
 
     def set_indexer_numerics(self, numerics: Numerics) -> None:
         """Chooses how every indexer rounds; see `keye.models.attention.Numerics`."""

@@ -7,11 +7,13 @@ A segment is what attends to itself: one frame (Keye-VL 1.5 and later; t = 1), o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from keye.config import VisionConfig
 from keye.errors import KeyeError
@@ -123,7 +125,10 @@ class VisionModel(nn.Module):
 
 
 class Visual(nn.Module):
-    """Holds the vision model under the name that checkpoints use (`visual.vision_model`)."""
+    """Holds the vision model under the name that checkpoints use (`visual.vision_model`). With `recompute`, a chunk of
+    frames keeps its patches alone for the backward pass, which computes it again."""
+
+    recompute = False
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -185,10 +190,13 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
     if not model.config.whole_video_attention:
         grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
     weight = model.embeddings.patch_embedding.weight
-    pieces = [
-        projector(model(patches.to(weight.dtype), height, width), height, width)
-        for patches, height, width in _chunks(pixel_values, grids)
-    ]
+
+    def encode(patches: Tensor, height: int, width: int) -> Tensor:
+        return projector(model(patches.to(weight.dtype), height, width), height, width)
+
+    if visual.recompute and torch.is_grad_enabled():
+        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+    pieces = [encode(patches, height, width) for patches, height, width in _chunks(pixel_values, grids)]
     return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.hidden_size)
 
 

@@ -60,7 +60,8 @@ class TreeStep:
 
     def __init__(
         self, segments: Any, config: TextConfig, mode: TrainMode = "dense", topk: int | None = None, *,
-        watch: Sequence[int] = (), hints: Sequence[AttentionHint] = (), teach: bool = True, measure_recall: bool = False,
+        watch: Sequence[int] = (), hints: Sequence[AttentionHint] = (), teach: bool = True,
+        measure_recall: bool = False,
     ) -> None:  # fmt: skip
         assert mode == "dense" or config.sparse is not None, "only a model with an indexer attends sparsely"
         self.mode, self.watch, self.hints, self.teach = mode, tuple(watch), hints, teach
@@ -153,11 +154,8 @@ def link_segments(rows: tuple[tuple[int, int, int], ...]) -> tuple[Segment, ...]
     for start, stop, above in rows:
         assert above < len(linked) and start < stop, "segments above come first, and none is empty"
         keys, first = (linked[above].keys, linked[above].length) if above >= 0 else ((), 0)
-        if keys and keys[-1][1] == start:
-            keys = (*keys[:-1], (keys[-1][0], stop))
-        else:
-            keys = (*keys, (start, stop))
-        linked.append(Segment(start, stop, keys, first))
+        begin, before = (keys[-1][0], keys[:-1]) if keys and keys[-1][1] == start else (start, keys)
+        linked.append(Segment(start, stop, (*before, (begin, stop)), first))
     return tuple(linked)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic
 
@@ -50,8 +51,6 @@ from keye.train.recipes.nano.evidence import (
 )
 
 IGNORE = -100
-#: Tokens of one window of the tail. No question crosses a window, so attention inside the tail stays small.
-WINDOW = 128
 CAPITAL_CHANCE = 0.25
 
 
@@ -68,14 +67,16 @@ class AnswerSpan:
 @dataclass(frozen=True)
 class PackedBatch(Generic[Array]):
     """Arrays when the batch is made, tensors when it is learnt: `frames` uint8 [B, F, H, W, 3]; `trunk_ids` int64
-    [B, P]; `tail_ids`, `branch`, `labels` int64 [B, L] (labels are the next token, `IGNORE` where nothing is learnt);
+    [B, P]; `tail_ids`, `labels` int64 [B, L] (labels are the next token, `IGNORE` where nothing is learnt); `segments`
+    int64 [n, 3], start, stop and number of the segment above in the sequences [B, P + L] laid behind one another: of
+    each, the trunk (-1 above) and then its questions in order;
     `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the tokens of each frame's timestamp (F is 0 for
     pictures). `keye.train.recipes.nano.evidence` describes the rest."""
 
     frames: Array
     trunk_ids: Array
     tail_ids: Array
-    branch: Array
+    segments: Array
     labels: Array
     positions: Array
     time_ids: Array
@@ -165,11 +166,10 @@ class BatchMaker:
         trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
         rendered = [[self._render(question) for question in items] for items in questions]
-        places = [fill_windows([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
-        width = max(stop for row in places for _, stop in row)
-        shape = (len(clips), -(-width // WINDOW) * WINDOW)
+        places = [find_places([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
+        shape = (len(clips), max(row[-1][1] for row in places))
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-        branch, offsets = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+        offsets, segments = np.zeros(shape, np.int64), list[tuple[int, int, int]]()
         answers: list[AnswerSpan] = []
         cells, prefix, length = rows * columns, len(self.prefix), trunk_ids.shape[1]
         text = (length - prefix - len(self.suffix)) // clips[0].frames - cells
@@ -178,11 +178,14 @@ class BatchMaker:
         comparisons: list[Comparison] = []
         findings: list[Finding] = []
         for row, items in enumerate(rendered):
-            for number, ((question, head, tail), (start, stop)) in enumerate(zip(items, places[row], strict=True)):
+            first_token, trunk = row * (length + shape[1]), len(segments)
+            segments.append((first_token, first_token + length, -1))
+            for (question, head, tail), (start, stop) in zip(items, places[row], strict=True):
+                segments.append((first_token + length + start, first_token + length + stop, trunk))
                 answer = start + len(head) - 1
                 tail_ids[row, start:stop] = head + tail[:-1]
                 labels[row, answer:stop] = tail
-                branch[row, start:stop], offsets[row, start:stop] = number, np.arange(stop - start)
+                offsets[row, start:stop] = np.arange(stop - start)
                 answers.append(AnswerSpan(row, answer, stop, question))
                 if compared := self.pointers.comparison(clips[row], question, head, row, start):
                     comparisons.append(compared)
@@ -194,9 +197,9 @@ class BatchMaker:
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
         frames = np.stack([_resize(render(clip), size) for clip in clips])
         time_ids = np.array(times, np.int64).reshape(len(clips), -1, 2)
-        return PackedBatch(frames, trunk_ids, tail_ids, branch, labels, positions, time_ids, tuple(answers),
-                           layout, tuple(pointers), tuple(comparisons), tuple(findings), events_of(clips),
-                           sightings_of(clips, layout))  # fmt: skip
+        return PackedBatch(frames, trunk_ids, tail_ids, np.array(segments, np.int64), labels, positions, time_ids,
+                           tuple(answers), layout, tuple(pointers), tuple(comparisons), tuple(findings),
+                           events_of(clips), sightings_of(clips, layout))  # fmt: skip
 
     def _trunk(self, clip: Clip, pictures: bool, cells: int) -> tuple[list[int], list[list[int]]]:
         """The trunk of a video with the tokens of its times, or that of an image, which has none."""
@@ -255,24 +258,10 @@ def _resize(frames: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint
     )
 
 
-def fill_windows(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, stop) of each branch so that none crosses a multiple of `WINDOW`: longest first, first window with room.
-
-    ValueError for a branch that fits no window.
-    """
-    room: list[int] = []
-    places = [(0, 0)] * len(lengths)
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        need = lengths[index]
-        if need > WINDOW:
-            raise ValueError(f"a question and its answer take {need} tokens; a window holds {WINDOW}")
-        window = next((w for w, left in enumerate(room) if left >= need), len(room))
-        if window == len(room):
-            room.append(WINDOW)
-        start = window * WINDOW + WINDOW - room[window]
-        places[index] = (start, start + need)
-        room[window] -= need
-    return places
+def find_places(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, stop) of each branch, one behind the other."""
+    stops = list(accumulate(lengths))
+    return [(stop - length, stop) for stop, length in zip(stops, lengths, strict=True)]
 
 
 @lru_cache(maxsize=2)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from keye.data.frameforge.labels import BACKGROUND_IDS
 from keye.data.frameforge.words import COLORS, SHAPES
 from keye.models.keye import KeyeModel
-from keye.train.packed import AttentionHint, PackedStep
+from keye.train.packed import AttentionHint, TreeStep
 from keye.train.recipes.nano.batches import PackedBatch
 from keye.train.recipes.nano.config import NanoTable
 from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, FindingKind, Pointer, PointerKind
@@ -126,10 +126,12 @@ class Helpers(nn.Module):
                     row[start:stop] = True
             rows, queries = _rows_and_places(pointers, trunk, device)
             looks_at = torch.from_numpy(targets).to(device)
-            hints.append(AttentionHint(kind, self._layer(depth), rows, queries, looks_at, head % self.query_heads))
+            first = rows * (trunk + batch.tail_ids.shape[1])
+            layer, head = self._layer(depth), head % self.query_heads
+            hints.append(AttentionHint(kind, layer, first + queries, first, looks_at, head))
         return hints
 
-    def loss(self, model: KeyeModel, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def loss(self, model: KeyeModel, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """The weighted sum of the losses, after the forward pass that `step` watched."""
         total = torch.zeros((), device=model.device)
         if self.config.time_binding and batch.time_ids.shape[1]:
@@ -143,12 +145,12 @@ class Helpers(nn.Module):
             total = total + self.config.tracking * self._track(batch, step)
         return total
 
-    def _hidden(self, step: PackedStep, depth: float, batch: PackedBatch[Tensor]) -> Tensor:
+    def _hidden(self, step: TreeStep, depth: float, batch: PackedBatch[Tensor]) -> Tensor:
         """[B, N, d] after the layer at `depth`."""
         hidden = step.hidden[self._layer(depth)]
         return hidden.view(batch.trunk_ids.shape[0], -1, hidden.shape[-1])
 
-    def _bind_times(self, model: KeyeModel, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def _bind_times(self, model: KeyeModel, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """Two random visual tokens of each frame and the last token of a time in a question name their time; the token
         after a frame names its time and that of the frame before it."""
         layout, frames = batch.layout, range(batch.layout.frames)
@@ -179,7 +181,7 @@ class Helpers(nn.Module):
         self.record(name, float((logits.argmax(-1) == target.flatten()).float().mean()), 1.0)
         return F.cross_entropy(logits, target.flatten())
 
-    def _events(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def _events(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """What the token after each frame knows of it, and what the time in a question knows of its frame."""
         events, after = batch.events, [batch.layout.after(frame) for frame in range(batch.layout.frames)]
         pairs = events.pairs.flatten(0, 1)  # [B F, 3, 8, 5]
@@ -207,7 +209,7 @@ class Helpers(nn.Module):
             loss = loss + self.pair_loss(self.looked_up(x), visible, "time look-up")
         return loss
 
-    def _frame_numbers(self, batch: PackedBatch[Tensor], step: PackedStep, after: list[int]) -> Tensor:
+    def _frame_numbers(self, batch: PackedBatch[Tensor], step: TreeStep, after: list[int]) -> Tensor:
         """The token after a frame knows the frame's number, an object's name the numbers of its first and last frame:
         what comes earlier is then a difference."""
         early = self._hidden(step, CHANGE_DEPTH, batch)[:, after]
@@ -226,7 +228,7 @@ class Helpers(nn.Module):
                 error = error + miss
         return FRAME_WEIGHT * error
 
-    def _comparisons(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def _comparisons(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """The second name of a question about order knows whether its object is the later one."""
         device, comparisons = batch.labels.device, batch.comparisons
         if not comparisons:
@@ -239,7 +241,7 @@ class Helpers(nn.Module):
         self.record("which comes later", float(((logits > 0) == later).sum()), len(later))
         return COMPARE_WEIGHT * F.binary_cross_entropy_with_logits(logits, later.float())
 
-    def _track(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def _track(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """What the token after each frame knows of cuts and of objects that come back, questions of their object."""
         after = [batch.layout.after(frame) for frame in range(batch.layout.frames)]
         again = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
@@ -260,7 +262,7 @@ class Helpers(nn.Module):
             loss = loss + NUMBER_WEIGHT * error + F.binary_cross_entropy_with_logits(sighted[:, 2], values[:, 2])
         return loss + self._read_findings(batch, step)
 
-    def _read_findings(self, batch: PackedBatch[Tensor], step: PackedStep) -> Tensor:
+    def _read_findings(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """What the questions know of their objects."""
         late = self._hidden(step, COMPARE_DEPTH, batch)
         loss = torch.zeros((), device=late.device)

@@ -17,15 +17,12 @@ from keye.models.keye import KeyeModel
 from keye.train.algorithms.sft import SupervisedFineTuning
 from keye.train.losses import token_loss
 from keye.train.optim import Trained, mark_trainable
-from keye.train.packed import PackedStep
+from keye.train.packed import TreeStep
 from keye.train.recipe import Figures, Objective
-from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, WINDOW, PackedBatch, VisionBatch, open_batches
+from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, PackedBatch, VisionBatch, open_batches
 from keye.train.recipes.nano.config import NanoConfig, NanoStage
 from keye.train.recipes.nano.helpers import Helpers
 from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
-
-#: Loss rows are padded to a multiple of this, for the same reason as the tails.
-LOGIT_MULTIPLE = 256
 
 
 def encode_frames(model: KeyeModel, frames: Tensor) -> Tensor:
@@ -82,27 +79,24 @@ class LanguageObjective:
             visual = encode_frames(model, batch.frames.flatten(0, 1))
         ids = torch.cat((batch.trunk_ids, batch.tail_ids), dim=1)
         positions = batch.positions.transpose(0, 1).flatten(1)
-        trunk = batch.trunk_ids.shape[1]
-        text = model.config.text
-        step = PackedStep(
-            batch.branch, trunk, window=WINDOW, mode=self.stage.attention,
-            topk=text.sparse.topk if text.sparse is not None else 0,
-            watch=self.heads.watch, hints=self.heads.hints(batch), elementwise=model.elementwise,
-        )  # fmt: skip
+        trunk, text = batch.trunk_ids.shape[1], model.config.text
+        step = TreeStep(
+            batch.segments, text, self.stage.attention, watch=self.heads.watch, hints=self.heads.hints(batch)
+        )
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{batch.frames.shape[1]}"
         if self.stage.attention == "warmup":
-            total = self.stage.indexer_kl * step.indexer_kl()
+            total = self.stage.indexer_kl * step.kl() / step.groups
             self.figures.add("kl" + frames_key, float(total.detach()))
             return total
         total = self._next_token(model, batch, hidden[:, trunk:], frames_key)
-        if step.balance:
-            balance = step.balance_loss()
+        if step.routers:
+            balance = step.balance()
             self.figures.add("balance", float(balance.detach()))
             total = total + self.stage.balance * balance
         total = total + self.heads.loss(model, batch, step)
         if self.stage.attention == "sparse":
-            kl = step.indexer_kl()
+            kl = step.kl() / step.groups
             self.figures.add("kl" + frames_key, float(kl.detach()))
             total = total + self.stage.indexer_kl * kl
         return total
@@ -111,8 +105,7 @@ class LanguageObjective:
         learnt = batch.labels != IGNORE
         rows = learnt.flatten().nonzero().squeeze(1)
         targets = batch.labels.flatten()[rows]
-        padded = F.pad(rows, (0, -rows.numel() % LOGIT_MULTIPLE))
-        logits = model.logits(hidden.flatten(0, 1).index_select(0, padded))[: rows.numel()]
+        logits = model.logits(hidden.flatten(0, 1).index_select(0, rows))
         loss = token_loss(logits, targets, self.algorithm)
         self.figures.add("loss", float(loss.detach()))
         correct = torch.ones_like(learnt)
