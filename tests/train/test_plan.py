@@ -92,11 +92,11 @@ def build(config: KeyeConfig, quant: str | None) -> KeyeModel:
 def count_kept(model: KeyeModel, is_sparse: bool) -> int:
     """Bytes that autograd keeps of a forward pass, without the model's own and those of layers' settings."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     ids = torch.arange(TOKENS) % model.config.text.vocab_size
@@ -104,7 +104,7 @@ def count_kept(model: KeyeModel, is_sparse: bool) -> int:
         x = model.embed(ids).requires_grad_()
         hidden = model(x, torch.arange(TOKENS).expand(3, -1), TreeSteps(model.config, is_sparse))  # type: ignore[arg-type]
     assert hidden.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_activations_are_those_that_autograd_keeps(
     if lora is not None:
         add_lora(model, lora)
     plan = plan_training(config, run, stage, tokens=TOKENS, visual_tokens=0)
-    kept = count_kept(model, is_sparse) + 2 * TOKENS * config.text.hidden_size  # the states that the head keeps
-    assert plan.parts["activations"] == pytest.approx(kept, rel=0.08)
+    saved = count_kept(model, is_sparse) + 2 * TOKENS * config.text.hidden_size  # the states that the head keeps
+    assert plan.parts["activations"] == pytest.approx(saved, rel=0.08)
 
 
 @pytest.mark.parametrize("quant", [None, "int4", "int8"])
@@ -157,11 +157,11 @@ def test_everything_is_trained_with_masters_and_moments() -> None:
 
 def test_checkpointing_trades_memory_for_arithmetic() -> None:
     config = model_config_from_dict(raw_config(num_hidden_layers=8))
-    kept, again = (
+    saved, again = (
         plan_training(config, run, run.stages[0], tokens=4096, visual_tokens=3000)
         for run in (make_run("int4", LoraSettings(), checkpointing=checkpointing) for checkpointing in (False, True))
     )
-    assert again.total < 0.7 * kept.total and 1.2 < again.flops / kept.flops < 1.5
+    assert again.total < 0.7 * saved.total and 1.2 < again.flops / saved.flops < 1.5
     assert again.seconds(10, 1e12) == pytest.approx(10 * again.flops / 1e12)
 
 

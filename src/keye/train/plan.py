@@ -175,7 +175,7 @@ def _activations(config: KeyeConfig, load: _Load, *, cached: bool) -> dict[str, 
     layers = [layer_bytes(text, load, is_moe=text.is_moe_layer(i)) for i in range(text.num_hidden_layers)]
     d, V = text.hidden_size, text.vocab_size
     ends = T * (2 * d * b + _NUMBERS * text.rotary_dim + 3 * 8)  # last states before and after the norm, angles
-    kept = ends + (T * d * b * len(layers) if load.checkpointing else sum(layers))
+    saved = ends + (T * d * b * len(layers) if load.checkpointing else sum(layers))
     rows = min(load.learnt, max(1, MAX_LOGITS // V))
     head = rows * V * _NUMBERS * _LOGITS_COPIES + load.learnt * d * 2 * b
     again = (max(layers) if load.checkpointing else 0) + _working_bytes(text, load)
@@ -183,7 +183,7 @@ def _activations(config: KeyeConfig, load: _Load, *, cached: bool) -> dict[str, 
     if config.has_vision and load.visual_tokens and not cached:
         patches = load.visual_tokens * config.vision.spatial_merge_size**2
         vision = _vision_bytes(config, load, patches)
-    return {"activations": kept, "working": max(head, again), "vision": vision}
+    return {"activations": saved, "working": max(head, again), "vision": vision}
 
 
 def layer_bytes(text: TextConfig, load: _Load, *, is_moe: bool) -> float:
