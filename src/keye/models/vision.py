@@ -179,16 +179,7 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
     attention is per frame a row (t, h, w) is the same as t rows (1, h, w). Segments are processed in chunks of at most
     `PATCHES_PER_CHUNK` patches; the result does not depend on the chunk.
     """
-    model, merge = visual.vision_model, projector.merge
-    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
-    expected = sum(t * h * w for t, h, w in grids)
-    if expected != pixel_values.shape[0]:
-        raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {pixel_values.shape[0]}")
-    for _, height, width in grids:
-        if height % merge or width % merge:
-            raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
-    if not model.config.whole_video_attention:
-        grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
+    model = visual.vision_model
     weight = model.embeddings.patch_embedding.weight
 
     def encode(patches: Tensor, height: int, width: int) -> Tensor:
@@ -196,8 +187,37 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
 
     if visual.recompute and torch.is_grad_enabled():
         encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
-    pieces = [encode(patches, height, width) for patches, height, width in _chunks(pixel_values, grids)]
+    segments = _split_segments(model.config, projector.merge, pixel_values, grid_thw)
+    pieces = [encode(patches, height, width) for patches, height, width in _chunks(pixel_values, segments)]
     return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.hidden_size)
+
+
+def encode_tower(visual: Visual, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+    """The first part of `encode_vision`: features of patches before the projector, [patches, C]."""
+    model = visual.vision_model
+    weight = model.embeddings.patch_embedding.weight
+    segments = _split_segments(model.config, model.config.spatial_merge_size, pixel_values, grid_thw)
+    pieces = [model(part.to(weight.dtype), *size).flatten(0, 1) for part, *size in _chunks(pixel_values, segments)]
+    return torch.cat(pieces) if pieces else weight.new_zeros(0, model.config.hidden_size)
+
+
+def project_features(config: VisionConfig, projector: Projector, features: Tensor, grid_thw: Tensor) -> Tensor:
+    """The second part: features of patches [patches, C] -> merged visual tokens [tokens, d]."""
+    segments = _split_segments(config, projector.merge, features, grid_thw)
+    pieces = [projector(part, height, width) for part, height, width in _chunks(features, segments)]
+    return torch.cat(pieces) if pieces else features.new_zeros(0, projector.hidden_size)
+
+
+def _split_segments(config: VisionConfig, merge: int, patches: Tensor, grid_thw: Tensor) -> list[tuple[int, int, int]]:
+    """What attends to itself, (t, h, w) each; `KeyeError` for grids that do not fit the patches or the merge."""
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    expected = sum(t * h * w for t, h, w in grids)
+    if expected != patches.shape[0]:
+        raise KeyeError(f"grid_thw stands for {expected} patches but pixel_values holds {patches.shape[0]}")
+    for _, height, width in grids:
+        if height % merge or width % merge:
+            raise KeyeError(f"a frame of {height} x {width} patches does not divide into {merge} x {merge} blocks")
+    return grids if config.whole_video_attention else [(1, h, w) for t, h, w in grids for _ in range(t)]
 
 
 def _chunks(pixel_values: Tensor, segments: list[tuple[int, int, int]]) -> Iterator[tuple[Tensor, int, int]]:

@@ -8,56 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from keye.media.processor import MediaItem
+from keye.train.features import FeatureCache
 from keye.train.layout import LaidOut, LengthError, length_error
-from keye.train.tree import IGNORE, Branch, Tree
+from keye.train.tree import IGNORE, Array, Branch, Packed, PackedMedium, Tree
 
-#: A numpy array where batches are made, a tensor where they are learnt.
-Array = TypeVar("Array")
+__all__ = ["Array", "LengthError", "Pack", "Packed", "PackedMedium", "load", "pack"]
+
 #: Packs that still take samples, so that packing many samples takes time in proportion to their number.
 OPEN_PACKS = 32
-
-
-@dataclass(frozen=True)
-class PackedMedium:
-    """One medium of a pack: the key of its content, its grid rows and its visual tokens."""
-
-    key: bytes
-    rows: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Packed(Generic[Array]):
-    """A ragged batch of T tokens in n segments that form trees. A token sees every token of the segments above its own
-    and those before it in its own.
-
-    `token_ids` int64 [T]; `position_ids` int64 [3, T]; `labels` int64 [T], the next token where it is learnt, else
-    `IGNORE`; `weights` float32 [T], what the loss of each label counts, 0 without one; `segments` int64 [n, 3], start,
-    stop and the segment above (-1 for none), those above first; `segment_sample` int64 [n], the sample whose labels a
-    segment has, and `rejected` bool [n], whether they are those of a reply that lost; `is_visual` bool [T].
-
-    `pixels` float32 [patches, 3, side, side] and `grids` int64 [R, 3] of all `media`, in the order of their tokens.
-    `features` [V, width] in place of the pixels are visual tokens computed before (`keye.train.features`).
-    """
-
-    token_ids: Array
-    position_ids: Array
-    labels: Array
-    weights: Array
-    segments: Array
-    segment_sample: Array
-    rejected: Array
-    is_visual: Array
-    pixels: Array | None
-    grids: Array
-    media: tuple[PackedMedium, ...] = ()
-    features: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +65,9 @@ def pack(laid_out: Sequence[LaidOut], max_tokens: int, *, skipped: list[LengthEr
     return [Pack(tuple(members), tree) for members, tree in packs]
 
 
-def load(pack: Pack) -> Packed[NDArray]:
-    """The pack as arrays, with the pixels of its media, which are decoded now."""
+def load(pack: Pack, cache: FeatureCache | None = None) -> Packed[NDArray]:
+    """The pack as arrays, with the features of its media that `cache` has, and the pixels of the others, which are
+    decoded now."""
     branches = list(pack.tree.branches())
     parts = [slice(branch.start, branch.stop) for branch, _ in branches]
     stops = np.cumsum([branch.stop - branch.start for branch, _ in branches])
@@ -116,7 +80,9 @@ def load(pack: Pack) -> Packed[NDArray]:
     labels, sizes = joined("labels"), np.diff(stops, prepend=0)
     weights = np.repeat([pack.samples[branch.sample].sample.weight for branch, _ in branches], sizes)
     items = [item for branch, _ in branches for item in _media_of(branch)]
-    visions = [item.vision for item in items]
+    features = [None if cache is None else cache.read(item.key or b"") for item in items]
+    pixels = [item.vision.pixel_values for item, part in zip(items, features, strict=True) if part is None]
+    cached = [part for part in features if part is not None]
     return Packed(
         joined("token_ids"), joined("position_ids", axis=1), labels,
         np.where(labels == IGNORE, 0.0, weights).astype(np.float32),
@@ -124,9 +90,11 @@ def load(pack: Pack) -> Packed[NDArray]:
         np.array([branch.sample for branch, _ in branches], np.int64),
         np.array([branch.path.rejected for branch, _ in branches], bool),
         joined("is_visual"),
-        np.concatenate([vision.pixel_values for vision in visions]) if visions else None,
-        np.concatenate([np.zeros((0, 3), np.int64), *(vision.grid_thw for vision in visions)]),
-        tuple(PackedMedium(item.key or b"", len(item.grid_thw), item.visual_tokens) for item in items),
+        np.concatenate(pixels) if pixels else None,
+        np.concatenate([np.zeros((0, 3), np.int64), *(item.grid_thw for item in items)]),
+        tuple(PackedMedium(item.key or b"", len(item.grid_thw), item.visual_tokens, part is not None)
+              for item, part in zip(items, features, strict=True)),
+        np.concatenate(cached) if cached else None,
     )  # fmt: skip
 
 

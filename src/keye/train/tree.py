@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from keye.media.processor import MediaItem
 IGNORE = -100
 
 Ints = NDArray[np.int64]
+#: A numpy array where batches are made, a tensor where they are learnt.
+Array = TypeVar("Array")
 
 
 @dataclass(frozen=True)
@@ -131,3 +134,43 @@ class Tree:
             chosen = siblings[-branch]
             yield chosen, best
             siblings = chosen.children if chosen.start + best == chosen.stop else ()
+
+
+@dataclass(frozen=True)
+class PackedMedium:
+    """One medium of a pack: the key of its content, its grid rows and visual tokens, and whether the pack has its
+    features in place of its pixels."""
+
+    key: bytes
+    rows: int
+    tokens: int
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Packed(Generic[Array]):
+    """A ragged batch of T tokens in n segments that form trees. A token sees every token of the segments above its own
+    and those before it in its own.
+
+    `token_ids` int64 [T]; `position_ids` int64 [3, T]; `labels` int64 [T], the next token where it is learnt, else
+    `IGNORE`; `weights` float32 [T], what the loss of each label counts, 0 without one; `segments` int64 [n, 3], start,
+    stop and the segment above (-1 for none), those above first; `segment_sample` int64 [n], the sample whose labels a
+    segment has, and `rejected` bool [n], whether they are those of a reply that lost; `is_visual` bool [T].
+
+    `grids` int64 [R, 3] are those of all `media`, in the order of their tokens; `pixels` float32 [patches, 3, side,
+    side] those of the media whose `features` [n, width] (`keye.train.features`) are not cached. `encode_media` makes
+    visual tokens of both.
+    """
+
+    token_ids: Array
+    position_ids: Array
+    labels: Array
+    weights: Array
+    segments: Array
+    segment_sample: Array
+    rejected: Array
+    is_visual: Array
+    pixels: Array | None
+    grids: Array
+    media: tuple[PackedMedium, ...] = ()
+    features: Array | None = None
