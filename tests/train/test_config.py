@@ -36,8 +36,9 @@ def test_reads_a_run(tmp_path):
     ("text", "sentence"),
     [
         ("model = ", "not valid TOML"),
-        ('model = "nano"\n', 'recipe is missing; set recipe = "nano"'),
-        ('recipe = "nona"\n', "recipe is 'nona'; set recipe = \"nano\""),
+        ('model = "nano"\n', "output is missing"),
+        ('recipe = "nanno"\n', "recipe is 'nanno'; set recipe = \"nano\""),
+        ('recipe = "other"\n', "recipe is 'other'; set recipe = \"family\""),
         (HEADER, r"run.toml: stage is missing; give it"),
         (HEADER + "stage = []", "stage is .*; it must be a list of at least 1"),
         (HEADER + "stage = 3", "stage is 3; it must be a list"),

@@ -55,4 +55,4 @@ def test_the_shift_is_the_mean_of_all_rewards():
     for number in range(3):
         pairs = random_pairs(number + 1)
         rewards += [float(r) for r in torch.cat(pairs.rewards(0.5)).detach()]
-        assert shift.update(pairs, 0.5) == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+        assert float(shift.update(pairs, 0.5)) == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)

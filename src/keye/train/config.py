@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -75,9 +75,9 @@ class StageConfig(Settings):
     """Weight of the loss that spreads tokens over the experts."""
     router_z: Weight = 0.0
     """Weight of the loss that keeps the router's logits small."""
-    indexer_kl: Weight = 1.0
-    """Weight of the indexer's KL against one teacher, the attention averaged over all heads. The gradient is that of
-    lambda = indexer_kl / G in the papers' form, which sums over the G groups of key heads."""
+    indexer_kl: Weight = 0.5
+    """lambda, the weight of the indexer's KL: the mean over queries and layers of its sum over the G groups of key
+    heads. Against one teacher, all heads averaged, the same gradient has the weight G * lambda."""
     eval_steps: int | None = Field(default=None, gt=0)
     """Measure the loss of held-out data every so many steps, and at the end."""
 
@@ -208,3 +208,8 @@ class TrainConfig(Settings):
         if self.quant is not None and self.lora is None:
             raise ValueError(f'quant is "{self.quant}", but quantised weights cannot be trained; add [lora]')
         return self
+
+    def resolve(self, folder: Path) -> Self:
+        """The same run with its relative paths taken from `folder`, that of its file."""
+        paths = {name: (folder / getattr(self, name)).resolve() for name in ("model", "output")}
+        return self.model_copy(update=paths)

@@ -114,13 +114,10 @@ class Layout:
             raise
         except KeyeError as error:
             raise type(error)(f"{sample.place}: {{}}", str(error)) from error
-        tree = Tree()
-        for path in paths:
-            tree.add(path, 0)
-        visual = sum(int(b.path.is_visual[b.start : b.stop].sum()) for b, _ in tree.branches())
-        if self.max_tokens is not None and tree.length > self.max_tokens:
-            raise length_error(sample.place, tree.length, visual, self.max_tokens)
-        return LaidOut(sample, tuple(paths), tree.length, visual)
+        laid_out = plant(sample, paths)
+        if self.max_tokens is not None and laid_out.length > self.max_tokens:
+            raise length_error(sample.place, laid_out.length, laid_out.visual_tokens, self.max_tokens)
+        return laid_out
 
     def _turns(self, sample: Sample) -> list[Path]:
         """A path for each learnt turn, but those whose turns go on as the next prompt begins, which share one."""
@@ -179,16 +176,7 @@ class Layout:
         self, sample: Sample, segments: Sequence[Segment], reply: list[int], media: Sequence[MediaItem], *,
         rejected: bool,
     ) -> Path:  # fmt: skip
-        prompt = self._lay_out(sample, segments, media)
-        length, learnt = prompt.length, len(reply)
-        labels = np.full(length + learnt, IGNORE, np.int64)
-        labels[length - 1 : -1] = reply
-        after = prompt.next_position + np.arange(learnt)
-        return Path(
-            np.concatenate([prompt.token_ids.numpy(), np.array(reply, np.int64)]),
-            np.concatenate([prompt.position_ids.numpy(), np.broadcast_to(after, (3, learnt))], axis=1),
-            labels, np.concatenate([prompt.is_visual.numpy(), np.zeros(learnt, bool)]), prompt.media, rejected,
-        )  # fmt: skip
+        return reply_path(self._lay_out(sample, segments, media), reply, rejected=rejected)
 
     def _lay_out(self, sample: Sample, segments: Sequence[Segment], media: Sequence[MediaItem] = ()) -> Prompt:
         limit = self.max_tokens or self.builder.config.text.max_position_embeddings
@@ -228,6 +216,28 @@ class Layout:
         return (
             _TEXT_END if _TEXT_END in tokenizer.added_tokens else tokenizer.decode([min(self.ends)], skip_special=False)
         )
+
+
+def plant(sample: Sample, paths: Sequence[Path]) -> LaidOut:
+    """A sample as the tree of its paths."""
+    tree = Tree()
+    for path in paths:
+        tree.add(path, 0)
+    visual = sum(int(b.path.is_visual[b.start : b.stop].sum()) for b, _ in tree.branches())
+    return LaidOut(sample, tuple(paths), tree.length, visual)
+
+
+def reply_path(prompt: Prompt, reply: Sequence[int], *, rejected: bool = False) -> Path:
+    """A prompt and the token ids of a reply to it, its end among them, which are learnt."""
+    length, learnt = prompt.length, len(reply)
+    labels = np.full(length + learnt, IGNORE, np.int64)
+    labels[length - 1 : -1] = reply
+    after = prompt.next_position + np.arange(learnt)
+    return Path(
+        np.concatenate([prompt.token_ids.numpy(), np.array(reply, np.int64)]),
+        np.concatenate([prompt.position_ids.numpy(), np.broadcast_to(after, (3, learnt))], axis=1),
+        labels, np.concatenate([prompt.is_visual.numpy(), np.zeros(learnt, bool)]), prompt.media, rejected,
+    )  # fmt: skip
 
 
 def _begins(path: Path, earlier: Path) -> bool:

@@ -94,6 +94,36 @@ def token_log_probs(project: Callable[[Tensor], Tensor], hidden: Tensor, ids: Te
     return torch.cat([checkpoint(choose, *part, use_reentrant=False) for part in parts])
 
 
+@torch.no_grad()
+def likeliest_tokens(project: Callable[[Tensor], Tensor], hidden: Tensor, count: int) -> Tensor:
+    """The `count` tokens with the highest logits of each row of `hidden` [n, d], int64 [n, count]; see
+    `token_log_probs`."""
+    vocabulary = project(hidden[:1]).shape[1]
+    parts = [project(part).topk(count, dim=1).indices for part in hidden.split(max(1, MAX_LOGITS // vocabulary))]
+    return torch.cat(parts)
+
+
+def overlap_loss(log_probs: Tensor, teacher: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+    """Reverse KL of n tokens over the set S of candidates that student and teacher both rank among their k likeliest:
+
+    - sum_{v in S} sg[p(v) (log p_T(v) - log p(v) - b)] log p(v),  b = sum_{v in S} p(v) (log p_T(v) - log p(v)) / p(S)
+
+    sg[] stops the gradient. Where S is everything this is the gradient of KL(p || p_T); the baseline b changes nothing
+    in expectation then, and otherwise keeps p(S) as it is. (The 2.0 report multiplies the sum without gradient by the
+    log-probability of the sampled token; that has an expected gradient of zero.) `log_probs`, with gradient, and
+    `teacher` float32 [n, k] of the student's k likeliest tokens; `shared` bool [n, k], those in S.
+
+    Returns the losses float32 [n], and the student's probability of S, float32 [n].
+    """
+    fixed = log_probs.detach()
+    probs = fixed.exp() * shared
+    mass = probs.sum(1)
+    gap = (teacher - fixed).masked_fill(~shared, 0.0)
+    baseline = (probs * gap).sum(1) / mass.clamp_min(1e-12)
+    weights = probs * (gap - baseline[:, None])
+    return -(weights * log_probs.masked_fill(~shared, 0.0)).sum(1), mass
+
+
 def load_balance(logits: Tensor, chosen: Tensor) -> Tensor:
     """The load-balancing loss of a router (Switch Transformers): E * sum_e f_e P_e, with f_e the share of choices that
     fell on expert e and P_e its mean probability. 1 where all are used alike. `logits` float32 [T, E], `chosen` int64

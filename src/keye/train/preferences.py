@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,33 @@ def dpo_loss(pairs: Pairs, beta: float) -> Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
-def bco_loss(pairs: Pairs, beta: float, shift: float) -> Tensor:
+def bco_loss(pairs: Pairs, beta: float, shift: Tensor | float) -> Tensor:
     """-log sigmoid(r_w - delta) - log sigmoid(-(r_l - delta)) of each pair, float32 [n] (BCO): each reply is good or
     bad by itself, against the mean reward delta = `shift` of replies before."""
     chosen, rejected = pairs.rewards(beta)
     return -F.logsigmoid(chosen - shift) - F.logsigmoid(shift - rejected)
 
 
-class RewardShift:
-    """The mean reward of all replies seen, the delta of BCO."""
+class RewardShift(nn.Module):
+    """The mean reward of all replies seen so far, the delta of BCO; the same in all processes of a run."""
+
+    mean: Tensor
+    count: Tensor
 
     def __init__(self) -> None:
-        self.mean, self.count = 0.0, 0
+        super().__init__()
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, pairs: Pairs, beta: float) -> float:
-        """Takes the rewards of a batch into the mean and returns it."""
-        rewards = torch.cat(pairs.rewards(beta))
-        self.count += len(rewards)
-        self.mean += float((rewards - self.mean).sum()) / self.count
-        return self.mean
+    def update(self, pairs: Pairs, beta: float) -> Tensor:
+        """Takes the rewards of a batch into the mean and returns it, float32."""
+        rewards = torch.cat(pairs.rewards(beta)).double()
+        new = torch.stack(
+            (rewards.sum(), torch.tensor(float(len(rewards)), dtype=torch.float64, device=rewards.device))
+        )
+        if dist.is_initialized():
+            dist.all_reduce(new)
+        self.count += new[1]
+        self.mean += (new[0] - new[1] * self.mean) / self.count.clamp_min(1)
+        return self.mean.float()

@@ -13,12 +13,16 @@ from keye.train.config import TrainConfig
 if TYPE_CHECKING:  # making batches needs no torch
     from keye.train.recipe import Recipe
 
-NAMES = ("nano",)
+NAMES = ("family", "nano")
 
 
 def find_recipe(name: str) -> Recipe:
     """The recipe of this name, one of `NAMES`."""
     assert name in NAMES, name
+    if name == "family":
+        from keye.train.recipes.family.recipe import FamilyRecipe
+
+        return FamilyRecipe()
     from keye.train.recipes.nano.recipe import NanoRecipe
 
     return NanoRecipe()
@@ -27,11 +31,9 @@ def find_recipe(name: str) -> Recipe:
 def load_run(path: Path) -> tuple[TrainConfig, Recipe]:
     """Reads a training file and finds its recipe; `ConfigError` for the first thing that is wrong with the file."""
     raw = read_toml(path, "a training configuration such as configs/nano.toml")
-    name = raw.get("recipe")
+    name = raw.get("recipe", NAMES[0])
     if name not in NAMES:
-        problem = "is missing" if name is None else f"is {name!r}"
-        raise ConfigError(f'{path}: recipe {problem}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
+        raise ConfigError(f'{path}: recipe is {name!r}; set recipe = "{closest(str(name), NAMES) or NAMES[0]}"')
     recipe = find_recipe(name)
     config = parse_settings(recipe.config, raw, path)
-    folders = {name: (path.parent / getattr(config, name)).resolve() for name in ("model", "output")}
-    return config.model_copy(update=folders), recipe
+    return config.resolve(path.parent), recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -24,13 +24,19 @@ class DataConfig(Settings):
     """A file or folder in any of the formats of docs/data-formats.md; `#2000` or `#50%` at its end draws a part.
     `{output}` is the run's output folder, where earlier stages have written theirs."""
     weight: float = Field(default=1.0, gt=0)
-    """How often its samples are drawn, relative to the other sets."""
+    """How often each of its rows comes in a pass over all data."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Names of the file's fields by the names that keye expects."""
     root: str | None = None
     """The folder that relative paths of media start from; the file's own by default."""
     mode: ModeName | None = None
     """The mode of samples that name none."""
+
+    def resolve(self, folder: Path) -> DataConfig:
+        """The same with its relative paths taken from `folder`."""
+        path = self.path if self.path.startswith("{output}") else str(folder.resolve() / self.path)
+        root = None if self.root is None else str(folder.resolve() / self.root)
+        return self.model_copy(update={"path": path, "root": root})
 
 
 class MediaConfig(Settings):
@@ -143,6 +149,7 @@ class FamilyStage(StageConfig):
     decay_fraction: Share = 1.0
     final_lr: Share = 0.1
     weight_decay: Weight = 0.1
+    indexer_kl: Weight = 0.25
     siglip: SiglipConfig = SiglipConfig()
     distill: DistillConfig | None = None
     preference: PreferenceConfig = PreferenceConfig()
@@ -169,6 +176,16 @@ class FamilyStage(StageConfig):
             )
         return self
 
+    def resolve(self, folder: Path) -> FamilyStage:
+        """The same with its relative paths taken from `folder`."""
+        sets = {name: tuple(config.resolve(folder) for config in getattr(self, name)) for name in ("data", "val_data")}
+        update: dict[str, Any] = dict(sets)
+        if self.distill is not None:
+            update["distill"] = self.distill.model_copy(update={"teacher": (folder / self.distill.teacher).resolve()})
+        if self.judge is not None and self.judge.key_file is not None:
+            update["judge"] = self.judge.model_copy(update={"key_file": (folder / self.judge.key_file).resolve()})
+        return self.model_copy(update=update)
+
     @property
     def rollout(self) -> SamplingConfig:
         """How replies are sampled, by default too."""
@@ -180,3 +197,7 @@ class FamilyConfig(TrainConfig):
 
     recipe: Literal["family"] = "family"
     stages: tuple[FamilyStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
+
+    def resolve(self, folder: Path) -> Self:
+        run = super().resolve(folder)
+        return run.model_copy(update={"stages": tuple(stage.resolve(folder) for stage in self.stages)})

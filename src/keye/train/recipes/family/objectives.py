@@ -1,0 +1,60 @@
+"""What the stages of the family minimise over packs: next tokens, with the losses of routers and indexers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from keye.models.keye import KeyeModel
+from keye.train.losses import token_log_probs
+from keye.train.packed import TreeStep
+from keye.train.packing import Packed
+from keye.train.recipe import Figures
+from keye.train.recipes.family.config import FamilyStage
+from keye.train.tree import IGNORE
+
+
+class PackObjective:
+    """The forward pass of a pack, and the losses that do not depend on what is learnt from its tokens."""
+
+    def __init__(self, stage: FamilyStage, model: KeyeModel) -> None:
+        self.stage, self.figures, self.heads = stage, Figures(), nn.Module()
+        self.mode = stage.attention
+
+    def forward(self, model: KeyeModel, packed: Packed[Tensor]) -> tuple[Tensor, TreeStep]:
+        """Hidden states [T, d] of a pack, and the step that has watched the layers."""
+        visual = packed.features
+        if packed.pixels is not None:
+            visual = model.encode_vision(packed.pixels.to(model.dtype), packed.grids)
+        step = TreeStep(packed.segments, model.config.text, self.mode)
+        return model(model.embed(packed.token_ids, visual), packed.position_ids, step), step
+
+    def side_losses(self, step: TreeStep, share: float) -> Tensor:
+        """The losses of routers and indexers, of a pack that holds `share` of the step's learnt weight."""
+        total = torch.zeros(())
+        if self.mode != "dense":
+            kl = step.kl()
+            self.figures.add("kl", float(kl.detach()))
+            total = total + self.stage.indexer_kl * kl
+        if self.mode != "warmup" and step.routers:
+            balance, z = step.balance(), step.z()
+            self.figures.add("balance", float(balance.detach()))
+            total = total + self.stage.balance * balance + self.stage.router_z * z
+        return share * total
+
+
+class NextToken(PackObjective):
+    """Cross entropy of the learnt tokens: - sum_t w_t log p(y_t) / sum_t w_t. While indexers warm up, only their KL."""
+
+    def loss(self, model: KeyeModel, micro: Packed[Tensor], count: float) -> Tensor:
+        hidden, step = self.forward(model, micro)
+        weight = float(micro.weights.sum())
+        side = self.side_losses(step, weight / count)
+        if self.mode == "warmup":
+            return side
+        rows = (micro.labels != IGNORE).nonzero().squeeze(1)
+        log_probs = token_log_probs(model.logits, hidden[rows], micro.labels[rows])
+        loss = -(micro.weights[rows] * log_probs).sum()
+        if weight:
+            self.figures.add("loss", float(loss.detach()), weight)
+        return loss / count + side
