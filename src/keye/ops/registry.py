@@ -34,6 +34,8 @@ FLOAT8_ROWS: Final = 64
 FLOAT8_CAPABILITY: Final = (9, 0)
 #: Width from which a model computes its small operations by the compiled core, which may have to be built first.
 NATIVE_WIDTH: Final = 1024
+#: Rows of a training step from which building the compiled core is worth it.
+BUILD_ROWS: Final = 512
 BackendName = Literal["auto", "reference", "cpu", "triton"]
 
 
@@ -217,6 +219,13 @@ def mix_packed_experts(
     if isinstance(gate_up, packed.CpuPacked) and isinstance(down, packed.CpuPacked):
         return packed.mix_experts(gate_up, down, x, weights, chosen)
     return None
+
+
+def find_core(x: Tensor, rows: int) -> CDLL | None:
+    """The compiled core for training where it is the backend in use for a device: built for many `rows`, else used
+    where it was built before."""
+    library = getattr(backends.of(x.device), "library", None)
+    return None if library is None else library(build=rows >= BUILD_ROWS)
 
 
 def _find_library(x: Tensor) -> CDLL | None:

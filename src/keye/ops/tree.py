@@ -18,13 +18,15 @@ another. So a weight of the KL against the average is G times the report's lambd
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from keye.ops import tree_tiles
+from keye.ops import registry, tree_tiles
+from keye.ops.cpu import train
 from keye.ops.tree_selection import select_keys
 from keye.ops.tree_tiles import Needs, Operands, Recall, Saved, Segment
 
@@ -82,6 +84,11 @@ def _count(segments: Sequence[Segment]) -> int:
     return sum(segment.stop - segment.start for segment in segments)
 
 
+def _find_core(operands: Operands, sets: Tensor | None) -> CDLL | None:
+    """The compiled core where it computes these."""
+    return registry.find_core(operands.q, len(operands.q)) if sets is not None and train.takes(operands) else None
+
+
 class _Attention(torch.autograd.Function):
     """Output [T, H, Dv] and the loss of the indexer."""
 
@@ -91,7 +98,11 @@ class _Attention(torch.autograd.Function):
         gate: Tensor | None, sets: Tensor | None, segments: tuple[Segment, ...], teach: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         operands = Operands(q, k, v, indexer_q, indexer_k, gate)
-        saved, kl_sum = tree_tiles.forward(operands, segments, sets, teach=teach)
+        core = _find_core(operands, sets)
+        if core is None or sets is None:
+            saved, kl_sum = tree_tiles.forward(operands, segments, sets, teach=teach)
+        else:
+            saved, kl_sum = train.forward(core, operands, sets, teach=teach)
         ctx.segments = segments
         # Saved tensors, not attributes: activation checkpointing drops and recomputes those alone.
         ctx.save_for_backward(*operands, sets, *saved)
@@ -103,5 +114,9 @@ class _Attention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         operands, sets, saved = Operands(*tensors[:6]), tensors[6], Saved(*tensors[7:])
         needs = Needs(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:6]))
-        gradients = tree_tiles.backward(operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
+        core = _find_core(operands, sets)
+        if core is None or sets is None:
+            gradients = tree_tiles.backward(operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
+        else:
+            gradients = train.backward(core, operands, sets, saved, grad_out, grad_kl, needs)
         return (*gradients, None, None, None)

@@ -9,6 +9,7 @@ Legend: n queries of a block, N keys of a tile, H heads, G groups, R = H / G, D 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -22,6 +23,7 @@ from keye.ops.reference import QUERY_BLOCK, SCRATCH_BYTES
 DENSE_BLOCK: Final = 128
 #: Below every logit, and finite: what a running maximum starts from.
 _LEAST: Final = -1e30
+_LOG2_E: Final = math.log2(math.e)
 #: Operands that have one row a key; the others have one a query.
 _KEY_LIKE: Final = (1, 2, 4)
 
@@ -72,8 +74,8 @@ class Needs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass: `out` [T, H, Dv], and float32 logarithms of softmax sums, `lse`
-    [T, H] and `indexer_lse` [T] where the indexer is taught; infinite for queries without keys."""
+    """What the backward pass needs of the forward pass: `out` [T, H, Dv], and float32 logarithms to base 2 of softmax
+    sums, `lse` [T, H] and `indexer_lse` [T] where the indexer is taught; infinite for queries without keys."""
 
     out: Tensor
     lse: Tensor
@@ -195,8 +197,13 @@ def _ungrouped(x: Tensor, n: int) -> Tensor:
     return x.unflatten(1, (-1, n)).movedim(2, 0).flatten(1, 2)
 
 
+def _scaled(q: Tensor, groups: int) -> Tensor:
+    """Queries [n, H, D] whose products with keys are logits to base 2: [G, R * n, D]."""
+    return _grouped(q, groups) * (q.shape[2] ** -0.5 * _LOG2_E)
+
+
 def _logits(q: Tensor, k: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """Logits of scaled queries [G, R * n, D] against rows of the keys: [G, R * n, N], -inf where masked."""
+    """Logits to base 2 of scaled queries against rows of the keys: [G, R * n, N], -inf where masked."""
     logits = torch.matmul(q, k[rows].float().permute(1, 2, 0))
     logits.view(-1, *mask.shape).masked_fill_(~mask, -torch.inf)
     return logits
@@ -207,18 +214,18 @@ def _attend(block: Block, operands: Operands, *, values: bool = True) -> tuple[T
     running maximum."""
     q, k, v = operands[:3]
     n, G = len(block.queries), k.shape[1]
-    scaled = _grouped(q[block.queries], G) * q.shape[2] ** -0.5
+    scaled = _scaled(q[block.queries], G)
     largest, total = scaled.new_full((*scaled.shape[:2], 1), _LEAST), scaled.new_zeros(*scaled.shape[:2], 1)
     sums = scaled.new_zeros(*scaled.shape[:2], v.shape[2] if values else 0)
     for rows, mask in block.tiles(operands):
         logits = _logits(scaled, k, rows, mask)
         raised = torch.maximum(largest, logits.amax(-1, keepdim=True))
-        weights, rescale = logits.sub_(raised).exp_(), (largest - raised).exp_()
+        weights, rescale = logits.sub_(raised).exp2_(), (largest - raised).exp2_()
         total = total * rescale + weights.sum(-1, keepdim=True)
         if values:
             sums = sums.mul_(rescale).add_(torch.matmul(weights, v[rows].float().transpose(0, 1)))
         largest = raised
-    lse = torch.where(total > 0, largest + total.log(), torch.inf).squeeze(2)
+    lse = torch.where(total > 0, largest + total.log2(), torch.inf).squeeze(2)
     return _ungrouped(sums / total.clamp_min(1e-30), n), _ungrouped(lse, n)
 
 
@@ -229,24 +236,27 @@ def _products(operands: Operands, queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def _scores(operands: Operands, queries: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
-    """I[t, s], float32 [n, N], -inf where masked."""
+    """I[t, s] as logits to base 2, float32 [n, N], -inf where masked."""
     assert operands.gate is not None
     products = _products(operands, queries, rows)
-    return torch.einsum("njs,nj->ns", products, operands.gate[queries].float()).masked_fill(~mask, -torch.inf)
+    scores = torch.einsum("njs,nj->ns", products, operands.gate[queries].float())
+    return scores.mul_(_LOG2_E).masked_fill_(~mask, -torch.inf)
 
 
 def _indexer_lse(block: Block, operands: Operands) -> Tensor:
     lse = torch.full((len(block.queries),), -torch.inf, device=operands.q.device)
     for rows, mask in block.tiles(operands):
-        lse = torch.logaddexp(lse, _scores(operands, block.queries, rows, mask).logsumexp(-1))
+        scores = _scores(operands, block.queries, rows, mask)
+        largest = scores.amax(1, keepdim=True).clamp_min(_LEAST)
+        lse = torch.logaddexp2(lse, largest.squeeze(1) + (scores - largest).exp2_().sum(1).log2_())
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
 def _probabilities(block: Block, operands: Operands, lse: Tensor, rows: Tensor, mask: Tensor) -> Tensor:
     """Softmax of every head, float32 [G, R * n, N]."""
     G = operands.k.shape[1]
-    scaled = _grouped(operands.q[block.queries], G) * operands.q.shape[2] ** -0.5
-    return _logits(scaled, operands.k, rows, mask).sub_(_grouped(lse.unsqueeze(2), G)).exp_()
+    logits = _logits(_scaled(operands.q[block.queries], G), operands.k, rows, mask)
+    return logits.sub_(_grouped(lse.unsqueeze(2), G)).exp2_()
 
 
 def _indexer_kl(block: Block, operands: Operands, lse: Tensor, indexer_lse: Tensor) -> Tensor:
@@ -254,7 +264,8 @@ def _indexer_kl(block: Block, operands: Operands, lse: Tensor, indexer_lse: Tens
     total = torch.zeros((), device=lse.device)
     for rows, mask in block.tiles(operands):
         teachers = _probabilities(block, operands, lse, rows, mask).unflatten(1, (-1, len(block.queries))).mean(1)
-        log_q = _scores(operands, block.queries, rows, mask).sub_(indexer_lse[:, None]).masked_fill_(~mask, 0)
+        log_q = _scores(operands, block.queries, rows, mask).sub_(indexer_lse[:, None]).div_(_LOG2_E)
+        log_q.masked_fill_(~mask, 0)
         total += torch.special.xlogy(teachers, teachers).sum() - (teachers.sum(0) * log_q).sum()
     return total
 
@@ -309,7 +320,7 @@ def _teach(
     indexer_q, indexer_k, gate = operands[3:]
     assert indexer_q is not None and indexer_k is not None and gate is not None and saved.indexer_lse is not None
     teacher = probs.view(-1, *mask.shape).mean(0)
-    student = _scores(operands, queries, rows, mask).sub_(saved.indexer_lse[queries, None]).exp_()
+    student = _scores(operands, queries, rows, mask).sub_(saved.indexer_lse[queries, None]).exp2_()
     grad_scores = (student - teacher) * (grad_kl * operands.k.shape[1])
     products = _products(operands, queries, rows)
     sums[5].add_(torch.einsum("njs,ns->nj", products, grad_scores))

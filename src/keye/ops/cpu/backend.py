@@ -18,7 +18,7 @@ from torch import Tensor
 
 from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.cpu import build as cpu_build
-from keye.ops.cpu import quantized
+from keye.ops.cpu import quantized, train
 from keye.ops.cpu.build import Status
 from keye.ops.kv_blocks import RowFormat
 
@@ -100,9 +100,10 @@ class CpuBackend:
                 return False
         return self._loaded(stretch.length) is not None
 
-    def library(self) -> ctypes.CDLL | None:
-        """The library, built where there was none, which takes seconds; None where it cannot be used."""
-        return self._loaded(BUILD_ABOVE + 1)
+    def library(self, *, build: bool = True) -> ctypes.CDLL | None:
+        """The library, built where there was none, which takes seconds, unless without `build`; None where it cannot be
+        used."""
+        return self._loaded(BUILD_ABOVE + 1 if build else 0)
 
     def dense(self, q: Tensor, stretches: Sequence[Stretch], out: Tensor) -> None:
         self._call("keye_dense", q, None, None, stretches, 0, out)
@@ -239,6 +240,7 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("keye_linear", "keye_mix_experts", "keye_norm"):
         getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
     quantized.declare(core)
+    train.declare(core)
     core.keye_encode_rows.argtypes, core.keye_encode_rows.restype = (ctypes.c_void_p,), None
     core.keye_timers.argtypes, core.keye_timers.restype = (ctypes.c_void_p,), None
     return core

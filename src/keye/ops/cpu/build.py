@@ -27,7 +27,7 @@ from keye.config import kernel_config
 from keye.errors import KeyeError, KeyeWarning
 
 NATIVE: Final = Path(__file__).parents[1] / "native"
-SOURCES: Final = ("keye.cpp", "quant.cpp", "threads.cpp")
+SOURCES: Final = ("keye.cpp", "quant.cpp", "threads.cpp", "train.cpp")
 _COMMON = (
     "-O3 -std=c++17 -shared -fPIC -pthread -fno-strict-aliasing -fno-math-errno -fvisibility-inlines-hidden"
 ).split()

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from keye.ops import elementwise, scales
+from keye.ops import elementwise, scales, tree_tiles
 from keye.ops.backend import REFERENCE, Stretch
 from keye.ops.cpu import elementwise as cpu_elementwise
-from keye.ops.cpu import gemv
+from keye.ops.cpu import gemv, train
 from keye.ops.cpu.backend import CpuBackend
 from keye.ops.cpu.quantized_trial import check_quantized
 from keye.ops.cpu.scales import ScaleLibrary
 from keye.ops.kv_blocks import KV_BLOCK, BlockRows, RowFormat, RowKind
+from keye.ops.tree_tiles import Needs, Operands
 
 #: Largest difference of outputs from the reference, for values of about 1.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -144,6 +145,28 @@ def check_norms(backend: CpuBackend) -> None:
             _compare(ours, wanted.float(), "add_rms_norm")
 
 
+def check_training(backend: CpuBackend) -> None:
+    """Outputs and gradients of attention in training must be near the definition's."""
+    library, generator = backend.library(), torch.Generator().manual_seed(3)
+    assert library is not None
+    shapes = ((50, 4, 32), (60, 2, 32), (60, 2, 32), (50, 3, 32), (60, 32), (50, 3))
+    sets = torch.rand(50, 60, generator=generator).argsort(1)[:, :20].sort(1).values.to(torch.int32)
+    for dtype, tolerance in TOLERANCE.items():
+        q, k, v, indexer_q, indexer_k, gate = (torch.randn(shape, generator=generator) for shape in shapes)
+        operands = Operands(*(x.to(dtype) for x in (q, k, v, indexer_q, indexer_k)))._replace(gate=gate)
+        upstream = torch.randn(50, 4, 32, generator=generator).to(dtype)
+        ours, _ = train.forward(library, operands, sets, teach=True)
+        wanted, _ = tree_tiles.forward(operands, (), sets, teach=True)
+        rest = (upstream, torch.tensor(1.0), Needs(attention=True, indexer=True))
+        pairs = [
+            (ours.out, wanted.out), *zip(train.backward(library, operands, sets, ours, *rest),
+                                         tree_tiles.backward(operands, (), sets, wanted, *rest), strict=True)
+        ]  # fmt: skip
+        for mine, other in pairs:
+            assert mine is not None and other is not None
+            _compare(mine, other.float(), "attention in training", tolerance)
+
+
 def check_encoding(backend: CpuBackend) -> None:
     """Rows of codes must have the errors of the definition's."""
     x = torch.randn(50, 2, 64, generator=torch.Generator().manual_seed(2))
@@ -156,9 +179,9 @@ def check_encoding(backend: CpuBackend) -> None:
         assert abs(errors[0] / errors[1] - 1) < 1e-4, f"{kind} rows have the squared errors {errors}"
 
 
-def _compare(ours: Tensor, wanted: Tensor, what: str) -> None:
+def _compare(ours: Tensor, wanted: Tensor, what: str, tolerance: float = TOLERANCE[torch.bfloat16]) -> None:
     difference = float((ours.float() - wanted).abs().max() / wanted.abs().max())
-    assert difference <= TOLERANCE[torch.bfloat16], f"{what} differs from the reference by {difference:.2g}"
+    assert difference <= tolerance, f"{what} differs from the reference by {difference:.2g}"
 
 
 def main(path: str) -> None:
@@ -174,6 +197,7 @@ def main(path: str) -> None:
     check_few_rows(backend)
     check_encoding(backend)
     check_norms(backend)
+    check_training(backend)
     library = backend.library()
     assert library is not None
     check_quantized(library)

@@ -1,0 +1,35 @@
+// The interface of attention in training: forward and backward passes over sets of keys. What is computed, and the loss of
+// the indexer, is said in keye/ops/tree.py; keye/ops/cpu/train.py mirrors the structure.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// q, out and their gradients [queries, heads, dim], k and v [keys, groups, dim], indexer_q [queries, indexer_heads,
+// indexer_dim], indexer_k [keys, indexer_dim], gate float32 [queries, indexer_heads]; sets int32 [queries, width] are rows
+// of the keys, then -1. k, v and indexer_k are of the dtype that keye_train_rows gives for `dtype`, all others of `dtype`
+// unless said otherwise. Dimensions are multiples of 32. lse [queries, heads] and indexer_lse [queries] are
+// logarithms to base 2, infinite for queries without keys. Without indexer_q nothing is taught.
+//
+// A backward pass computes the gradients of q, k and v where grad_q is not null, and those of the indexer where
+// grad_indexer_q is not null; grad_k, grad_v and grad_indexer_k are of `dtype`, grad_gate is float32.
+struct KeyeTrain {
+    const void *q, *k, *v, *indexer_q, *indexer_k;
+    const float *gate;
+    const int32_t *sets;
+    void *out;
+    float *lse, *indexer_lse;
+    const void *grad_out;
+    void *grad_q, *grad_k, *grad_v, *grad_indexer_q, *grad_indexer_k;
+    float *grad_gate;
+    int64_t queries, keys, width;
+    double kl;  // the loss after a forward pass; its gradient before a backward pass
+    int32_t dtype, heads, groups, dim, indexer_heads, indexer_dim, threads, reserved;
+};
+
+// The dtype that rows of keys must have for tensors of a dtype.
+int keye_train_rows(int dtype);
+// Both return 0, or 1 when memory ran out.
+int keye_train_forward(KeyeTrain *call);
+int keye_train_backward(const KeyeTrain *call);
+}
