@@ -43,7 +43,7 @@ int forward(KeyeTrain &call) {
     int64_t entries = 0;
     for (int64_t b = 0; b < blocks; b++) entries += count_entries(call, b);
     const int threads = (int)std::min<int64_t>(call.threads, 1 + entries / THREAD_ENTRIES);
-    std::vector<double> losses((size_t)blocks);  // added in order, whoever computed them
+    std::vector<double> losses((size_t)blocks);  // added in the order of blocks on any number of threads
     const int failed = run(blocks, threads, [&](int64_t b) {
         with_rows(call.dtype, [&](auto product) {
             losses[(size_t)b] = SparseBlock<decltype(product)>(call, b * TRAIN_BLOCK, scratch_of_thread()).forward();
