@@ -67,3 +67,17 @@ def _match(name: str, parameters: Mapping[str, nn.Parameter], tied: bool) -> lis
     else:
         matched = [known for known in parameters if fnmatchcase(known, name)]
     return [known for known in matched if parameters[known].is_floating_point()]
+
+
+def choose_adapters(named: Mapping[str, nn.Parameter], stage: StageConfig) -> dict[str, nn.Parameter]:
+    """The parameters of adapters that a stage changes: all but those of layers in parts, or of patterns, that it
+    freezes, and those of indexers with dense attention, which gives them nothing to learn."""
+    frozen = (*stage.frozen_parts, *(("indexer",) if stage.attention == "dense" else ()))
+    chosen = dict(named)
+    for part in frozen:
+        chosen = {name: each for name, each in chosen.items() if name not in _match(part, named, tied=False)}
+    if not chosen:
+        raise ConfigError(f"stage {stage.name!r} changes nothing of the adapter; let freezes name less")
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in chosen)
+    return chosen

@@ -6,16 +6,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from keye.chat.messages import Medium, Message
+from keye.config import load_generation_config
 from keye.data.samples import Sample, Skip
 from keye.data.sources import DataSet, SampleStream, open_samples
 from keye.errors import KeyeError
+from keye.files import complete_file
+from keye.sessions.search.questions import ground_question
 from keye.train.batches import StepBatch
+from keye.train.features import FeatureCache
 from keye.train.layout import LaidOut, Layout, LengthError
 from keye.train.modes import Style, rewrite
 from keye.train.packing import Pack, load, pack
@@ -24,6 +29,8 @@ from keye.train.tree import IGNORE
 
 #: File of the output folder that names the samples that were left out, a line of JSON each.
 SKIPPED_FILE: Final = "skipped.jsonl"
+#: File of the output folder that says how the visual features of a stage are found.
+FEATURES_FILE: Final = "features.json"
 #: Samples one after another that cannot be laid out before the run ends.
 MOST_SKIPPED: Final = 200
 
@@ -32,7 +39,9 @@ def open_stream(
     data: Sequence[DataConfig], folder: Path, *, seed: int, epochs: float | None, state: dict[str, Any] | None = None
 ) -> SampleStream:  # fmt: skip
     """The samples of data sets; `{output}` in their paths is `folder`."""
-    return open_samples([data_set(config, folder) for config in data], seed=seed, epochs=epochs, state=state)
+    sets = [data_set(config, folder) for config in data]
+    ground = partial(ground_question, load_generation_config(folder))
+    return open_samples(sets, seed=seed, epochs=epochs, state=state, ground_question=ground)
 
 
 def data_set(config: DataConfig, folder: Path) -> DataSet:
@@ -40,6 +49,27 @@ def data_set(config: DataConfig, folder: Path) -> DataSet:
     path = config.path.replace("{output}", str(folder))
     root = None if config.root is None else Path(config.root)
     return DataSet.parse(path, weight=config.weight, columns=config.columns, root=root, mode=config.mode)
+
+
+def features_folder(folder: Path) -> Path:
+    """Where visual features are kept."""
+    return folder / "features"
+
+
+def write_features(folder: Path, cache: FeatureCache | None) -> None:
+    """Tells the processes that make batches which features a stage may read."""
+    fields = None if cache is None else {"digest": cache.digest, "stored": cache.stored, "limit": cache.limit}
+    with complete_file(folder / FEATURES_FILE) as draft:
+        draft.write_text(json.dumps(fields))
+
+
+def read_features(folder: Path) -> FeatureCache | None:
+    """The features that the stage may read."""
+    try:
+        fields = json.loads((folder / FEATURES_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    return None if fields is None else FeatureCache(features_folder(folder), **fields)
 
 
 class Reader:
@@ -190,6 +220,10 @@ class Batches:
 class PackedBatches(Batches):
     """Packs of samples whose next tokens are learnt."""
 
+    def __init__(self, stage: FamilyStage, folder: Path, stream: SampleStream, rank: int, size: int) -> None:
+        super().__init__(stage, folder, stream, rank, size)
+        self.cache = read_features(folder)
+
     def weigh(self, sample: LaidOut) -> float:
         return sample.learnt * sample.sample.weight
 
@@ -204,9 +238,9 @@ class PackedBatches(Batches):
 
     def load(self, pack: Pack) -> Any:
         """The arrays of a pack."""
-        return load(pack)
+        return load(pack, self.cache)
 
     def _filler(self, pack: Pack) -> Any:
         """A micro-batch without learnt tokens, for the processes to take the same steps."""
-        packed = load(pack)
+        packed = load(pack, self.cache)
         return replace(packed, labels=np.full_like(packed.labels, IGNORE), weights=np.zeros_like(packed.weights))

@@ -136,6 +136,8 @@ class FamilyStage(StageConfig):
     """Put several samples into one pack; they do not see one another."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a sample of more than `max_tokens`: an error, or it is dropped and counted. None is cut."""
+    features_gib: Weight = 64.0
+    """GiB of visual tokens that are kept on disk while nothing that computes them is trained; 0 for none."""
     context: Count | None = None
     """Change the longest context of the model, in tokens (`max_position_embeddings`)."""
     rope_theta: Rate | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from keye.models.keye import KeyeModel
+from keye.train.features import FeatureCache, encode_media
 from keye.train.losses import token_log_probs
 from keye.train.packed import TreeStep
 from keye.train.packing import Packed
@@ -17,15 +18,14 @@ from keye.train.tree import IGNORE
 class PackObjective:
     """The forward pass of a pack, and the losses that do not depend on what is learnt from its tokens."""
 
-    def __init__(self, stage: FamilyStage, model: KeyeModel) -> None:
-        self.stage, self.figures, self.heads = stage, Figures(), nn.Module()
+    def __init__(self, stage: FamilyStage, model: KeyeModel, cache: FeatureCache | None = None) -> None:
+        """`cache` keeps the visual features that packs were loaded from."""
+        self.stage, self.figures, self.heads, self.cache = stage, Figures(), nn.Module(), cache
         self.mode = stage.attention
 
     def forward(self, model: KeyeModel, packed: Packed[Tensor]) -> tuple[Tensor, TreeStep]:
         """Hidden states [T, d] of a pack, and the step that has watched the layers."""
-        visual = packed.features
-        if packed.pixels is not None:
-            visual = model.encode_vision(packed.pixels.to(model.dtype), packed.grids)
+        visual = encode_media(model, packed, self.cache)
         step = TreeStep(packed.segments, model.config.text, self.mode)
         return model(model.embed(packed.token_ids, visual), packed.position_ids, step), step
 
