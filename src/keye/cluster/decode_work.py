@@ -66,6 +66,10 @@ class VideoWork:
     def __post_init__(self) -> None:
         part = self.first or self.stop is not None
         assert not part or (self.plan is not None and not self.config.release.whole_video), "no part can be taken"
+        if isinstance(self.source, Source) and self.source.part is not None:
+            with self.source.open() as file:
+                source = dataclasses.replace(self.source, part=None, data=file.read())
+            object.__setattr__(self, "source", source)
         if isinstance(self.source, Source) and self.source.path is not None and self.ends is None:
             object.__setattr__(self, "ends", _ends(self.source))
 

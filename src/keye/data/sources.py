@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
 from keye.data.files.open import open_rows
 from keye.data.files.rows import RowFile
+from keye.data.formats import grounding
 from keye.data.formats.context import Context, GroundQuestion, Notes, Paths, default_question
-from keye.data.formats.detect import convert
+from keye.data.formats.detect import check_columns, convert, explain_unknown, find_format, name_fields
+from keye.data.formats.events import EventRows
+from keye.data.formats.registry import find_registered, read_registry
 from keye.data.mixing import Mixer, Order, derive_key, quota
 from keye.data.samples import BadRow, Place, Sample, Skip
 from keye.errors import KeyeError, is_number
@@ -25,6 +28,8 @@ MAX_BAD: Final = 0.01
 _LENIENT: Final = 1000
 #: Skips that are kept with their reasons; the rest is counted.
 MAX_SKIPS: Final = 10_000
+#: Rows that are looked at to see what the others are.
+_LOOKED_AT: Final = 100
 _SAMPLE: Final = re.compile(r"#(\d+(?:\.\d+)?%|\d+)\Z")
 
 
@@ -35,6 +40,7 @@ class DataSet:
     `path` is a file or a folder of files. Each row comes `weight` times an epoch. `sample` takes a part of the rows:
     "#2000" that many, "50%" a share; which ones follows from the seed. `columns` maps names of the files to ours.
     `root` is where relative names of media begin, by default the folder of the file. `mode` holds for rows without one.
+    `subset` names a set of a `dataset_info.json` (LLaMA-Factory), which `path` or its folder is.
     """
 
     path: Path
@@ -43,6 +49,7 @@ class DataSet:
     columns: Mapping[str, str] = field(default_factory=dict)
     root: Path | None = None
     mode: str | None = None
+    subset: str | None = None
 
     def __post_init__(self) -> None:
         if not is_number(self.weight) or not 0 < self.weight <= 1e6:
@@ -52,12 +59,14 @@ class DataSet:
 
     @classmethod
     def parse(cls, text: str, **options: Any) -> DataSet:
-        """The set that `PATH`, `PATH#2000` or `PATH#50%` names."""
-        match = None if Path(text).exists() else _SAMPLE.search(text)
-        if match is None:
-            return cls(Path(text), **options)
-        sample = match[1] if match[1].endswith("%") else f"#{match[1]}"
-        return cls(Path(text[: match.start()]), sample=sample, **options)
+        """The set that `PATH` names, a part of it by `PATH#2000` or `PATH#50%`, one of several by `PATH:NAME`."""
+        if not Path(text).exists() and (match := _SAMPLE.search(text)) is not None:
+            options["sample"] = match[1] if match[1].endswith("%") else f"#{match[1]}"
+            text = text[: match.start()]
+        path, colon, name = text.rpartition(":")
+        if colon and name and not Path(text).exists() and read_registry(Path(path)) is not None:
+            text, options["subset"] = path, name
+        return cls(Path(text), **options)
 
     def count(self, rows: int) -> int:
         """How many of `rows` are used; more than there are means that some come again."""
@@ -92,25 +101,69 @@ class OpenSet:
         """The sample of a row. Raises `BadRow` for one that cannot be learnt from."""
         return convert(self.rows.read(index), self.context)
 
+    def indices(self, seed: int, number: int) -> Sequence[int]:
+        """The rows that a run with this seed uses, in which it is the set `number`."""
+        if self.count >= len(self.rows):
+            return range(len(self.rows))
+        order = self.order(derive_key(seed, "set", number), 0)
+        return sorted(order[place] for place in range(self.count))
+
+    def opening(self) -> OpenSet:
+        """The same set, which may open media to understand a row."""
+        return OpenSet(self.dataset, self.rows, replace(self.context, opens=True))
+
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a run resumes."""
         return {
             "path": self.dataset.path.name, "rows": len(self.rows), "digest": self.rows.digest,
             "weight": self.dataset.weight, "sample": self.dataset.sample, "columns": dict(self.dataset.columns),
+            "subset": self.dataset.subset,
         }  # fmt: skip
 
 
 def open_set(dataset: DataSet, *, ground_question: GroundQuestion = default_question, paths: Paths | None = None,
              opens: bool = True) -> OpenSet:  # fmt: skip
     """Opens the files of a set. `KeyeError` where they cannot be read or no format fits them."""
-    rows = open_rows(dataset.path)
     folder = dataset.path if dataset.path.is_dir() else dataset.path.parent
     root = (dataset.root or folder).absolute()
-    if dataset.root is not None and not root.is_dir():
-        raise KeyeError(f"the root {dataset.root} of {dataset.path} is not a folder")
-    context = Context(root, dataset.columns, ground_question, dataset.mode, opens, Notes(), paths or Paths())
-    return OpenSet(dataset, rows, context)
+    if not root.is_dir():
+        raise KeyeError(f"{root} is not a folder; give the folder in which the media of {dataset.path} begin")
+    path, prepare = dataset.path, None
+    if dataset.subset is not None or read_registry(dataset.path) is not None:
+        registered = find_registered(dataset.path, dataset.subset)
+        path, prepare = registered.path, registered.prepare
+        if registered.count is not None and dataset.sample is None:
+            dataset = replace(dataset, sample=f"#{registered.count}")
+    rows = open_rows(path)
+    context = Context(
+        root, dataset.columns, ground_question, dataset.mode, opens, prepare, paths=Paths() if paths is None else paths
+    )
+    return OpenSet(dataset, *_find_rows(rows, context, dataset.path))
+
+
+def _find_rows(rows: RowFile, context: Context, where: Path) -> tuple[RowFile, Context]:
+    """The rows as they are learnt: those of several events parted. The first rows decide in which way."""
+    present, is_known, charades, events = dict[str, None](), False, 0, 0
+    for index in range(min(_LOOKED_AT, len(rows))):
+        try:
+            raw = rows.read(index).fields
+            present.update(dict.fromkeys(context.prepare(raw) if context.prepare is not None else raw))
+            fields = name_fields(raw, context)
+            charades += tuple(fields) == ("text",) and bool(grounding.CHARADES.fullmatch(str(fields["text"]).strip()))
+            events += grounding.events_of(fields) is not None
+            is_known = is_known or bool(events) or find_format(tuple(fields)) is not None
+        except BadRow:
+            continue
+    check_columns(context.columns, present, where)
+    if present and not is_known:
+        raise KeyeError(f"{where}: {explain_unknown(present)}")
+    if charades:
+        context = replace(context, charades=True)
+    if events:
+        rows = EventRows(rows, lambda fields: grounding.events_of(name_fields(fields, context)))
+        context = replace(context, columns={}, prepare=None)
+    return rows, context
 
 
 def open_samples(

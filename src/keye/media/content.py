@@ -92,6 +92,10 @@ def identify(source: Source) -> _Identity | bytes:
 
 
 def _identify(file: BinaryIO, source: Source) -> _Identity:
+    if source.part is not None:
+        path, offset = source.part.path, source.part.offset
+        status = path.stat()
+        return status.st_dev, status.st_ino, source.size, status.st_mtime_ns, f"{path}:{offset}"
     status = os.fstat(file.fileno())
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, str(source.path)
 

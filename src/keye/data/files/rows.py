@@ -19,8 +19,6 @@ from keye.units import format_bytes
 
 Offsets = NDArray[np.int64]
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-#: Digits of the longest whole number that is read.
-_MOST_DIGITS: Final = 400
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,11 @@ class RowFile(Protocol):
     """Rows of one file, read at any place. `digest` tells whether the content has changed, `kind` names the format of
     the file for people."""
 
-    path: Path
     digest: str
     kind: str
+
+    @property
+    def path(self) -> Path: ...
 
     def __len__(self) -> int: ...
 
@@ -65,7 +65,7 @@ def parse_object(raw: bytes, what: str = "line") -> dict[str, Any]:
     if len(raw) > MAX_ROW:
         raise BadRow(f"the {what} has more than {format_bytes(MAX_ROW)}; name media by paths")
     try:
-        value = json.loads(raw, parse_int=_parse_int)
+        value = json.loads(raw)
     except RecursionError:
         raise BadRow(f"the {what} is nested too deeply") from None
     except UnicodeDecodeError:
@@ -74,6 +74,8 @@ def parse_object(raw: bytes, what: str = "line") -> dict[str, Any]:
         if not raw.strip():
             raise BadRow(f"the {what} is empty") from None
         raise BadRow(f"the {what} is not JSON ({error.msg} at character {error.pos + 1})") from None
+    except ValueError:  # Python reads whole numbers of a few thousand digits at most
+        raise BadRow(f"the {what} has a number of more digits than anything takes") from None
     return check_object(value, raw, what)
 
 
@@ -84,9 +86,3 @@ def check_object(value: object, raw: bytes, what: str) -> dict[str, Any]:
     if (b"\\ud" in raw or b"\\uD" in raw) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise BadRow(f"the {what} has half of a character (a single surrogate such as \\ud83d)")
     return value
-
-
-def _parse_int(text: str) -> int:
-    if len(text) > _MOST_DIGITS:
-        raise BadRow(f"there is a number of {len(text):,} digits")
-    return int(text)

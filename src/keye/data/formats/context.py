@@ -38,13 +38,16 @@ class Notes:
 class Context:
     """`root` is where relative names of media begin; `columns` maps names that a file uses to ours. With `opens` media
     may be opened where a row cannot be understood without (pixel coordinates); else only names are checked.
-    `ground_question` words the question when an event happens, as the model is asked it."""
+    `ground_question` words the question when an event happens, as the model is asked it. `prepare` gives the fields of
+    rows our names before `columns` do; `charades` says that texts are lines of Charades-STA."""
 
     root: Path
     columns: Mapping[str, str] = field(default_factory=dict)
     ground_question: GroundQuestion = default_question
     mode: str | None = None
     opens: bool = True
+    prepare: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    charades: bool = False
     notes: Notes = field(default_factory=Notes)
     paths: Paths = field(default_factory=lambda: Paths())
 
@@ -70,9 +73,6 @@ class Paths:
         """Whether a regular file is at `path`."""
         return os.path.isfile(path)
 
-    def __len__(self) -> int:
-        return len(self._faults or ())
-
 
 def find_fault(path: str) -> str | None:
     """Why a medium at `path` cannot be opened, as far as its directory entry tells."""
@@ -93,4 +93,5 @@ def rename(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, A
         return dict(fields)
     ours = set(columns.values())
     renamed = {name: value for name, value in fields.items() if name not in columns and name not in ours}
-    return renamed | {name: fields[theirs] for theirs, name in columns.items() if theirs in fields}
+    named = {name: fields[theirs] for theirs, name in columns.items() if theirs in fields and name != "ignore"}
+    return renamed | named

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from keye.data.formats.context import Context
 from keye.data.formats.media import OPTIONS, MediaFields
 from keye.data.formats.talk import Talk, Turn, read_turn
 from keye.data.samples import MODES, BadRow
@@ -22,12 +23,12 @@ SHARED: Final = frozenset({
 _NAMES: Final = (("role", "content"), ("from", "value"), ("role", "value"), ("from", "content"))
 
 
-def read_messages(fields: Mapping[str, Any]) -> Talk:
+def read_messages(fields: Mapping[str, Any], context: Context) -> Talk:
     """`messages`: OpenAI's and ms-swift's, ShareGPT's and LLaVA's; and lists of {"human": ..., "assistant": ...}."""
     return around(fields, read_turns("messages", fields["messages"]))
 
 
-def read_response(fields: Mapping[str, Any]) -> Talk:
+def read_response(fields: Mapping[str, Any], context: Context) -> Talk:
     """`query` and `response`, with pairs of both in `history` (ms-swift 1 and 2)."""
     turns = [
         *_history(fields.get("history")),
@@ -37,7 +38,7 @@ def read_response(fields: Mapping[str, Any]) -> Talk:
     return around(fields, turns)
 
 
-def read_instruction(fields: Mapping[str, Any]) -> Talk:
+def read_instruction(fields: Mapping[str, Any], context: Context) -> Talk:
     """`instruction`, `input` and `output` (Alpaca), with pairs in `history`; `chosen` and `rejected` in place of the
     output are a preference."""
     texts = [fields.get(name) or "" for name in ("instruction", "input")]
@@ -51,7 +52,7 @@ def read_instruction(fields: Mapping[str, Any]) -> Talk:
     return around(fields, [*before, Turn("assistant", fields["output"])])
 
 
-def read_preference(fields: Mapping[str, Any]) -> Talk:
+def read_preference(fields: Mapping[str, Any], context: Context) -> Talk:
     """`chosen` and `rejected` after a `prompt` or `messages`, or as conversations that begin alike (trl)."""
     before: list[Turn] = []
     for name in ("messages", "prompt"):

@@ -213,7 +213,7 @@ def place_media(contents: Sequence[tuple[str, Parts]], fields: MediaFields, row:
     counts = _count_tags(contents)
     if not fields.images and not fields.videos and not counts:
         return [parts for _, parts in contents]
-    tags, first = _match_tags(counts, fields, context)
+    tags, first = _match_tags(counts, fields, context, is_conversation=len(contents) > 1)
     used = dict.fromkeys(KINDS, 0)
 
     def take(kind: MediumKind) -> Medium:
@@ -242,7 +242,7 @@ def _count_tags(contents: Sequence[tuple[str, Parts]]) -> Counter[tuple[str, str
 
 
 def _match_tags(
-    counts: Counter[tuple[str, str]], fields: MediaFields, context: Context
+    counts: Counter[tuple[str, str]], fields: MediaFields, context: Context, *, is_conversation: bool
 ) -> tuple[dict[bool, dict[str, MediumKind]], list[MediumKind]]:
     """Which tags stand for which kind of medium, in replies (True) and elsewhere, and the kinds without any mark."""
     tags: dict[bool, dict[str, MediumKind]] = {False: {}, True: {}}
@@ -262,8 +262,9 @@ def _match_tags(
         elif slots + marks + counts["reply", kind] == media:
             tags[False][kind] = tags[True][kind] = kind
         elif not slots + marks + counts["reply", kind]:
-            context.notes.add(f"texts have no <{kind}> tag: {kind}s come first")
             first.append(kind)
+            if is_conversation:
+                context.notes.add(f"texts have no <{kind}> tag: {kind}s come first")
         else:
             raise BadRow(f"the texts mark {plural(slots + marks, kind)} and the row has {media}; give a tag for each")
     for kind in KINDS:

@@ -103,10 +103,10 @@ class _Sizes:
         if not self._context.opens:
             return float("inf"), float("inf")  # only whether the numbers are shapes is checked then
         from keye.media.image import plan_image
-        from keye.media.source.fetch import as_source, untrusted
+        from keye.media.source.fetch import as_source
 
         try:
-            plan = plan_image(untrusted(as_source(source)), ProcessorConfig(), DEFAULTS)
+            plan = plan_image(as_source(source), ProcessorConfig(), DEFAULTS)
         except KeyeError as error:
             raise BadRow(str(error)) from None
         return float(plan.source_width), float(plan.source_height)

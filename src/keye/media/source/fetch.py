@@ -9,11 +9,12 @@ import base64
 import io
 import os
 import re
+import shutil
 import stat
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -22,6 +23,9 @@ from keye.errors import MediaError
 from keye.media.container.kinds import Other, find_kind, is_image_format
 from keye.media.source.hosts import check_address
 from keye.units import GIB, format_bytes
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 _SCHEME = "data:"
 #: Longest type with parameters.
@@ -174,8 +178,17 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
+class Part:
+    """Bytes of a file from `offset` on, such as a member of an archive."""
+
+    path: Path
+    offset: int
+
+
+@dataclass(frozen=True)
 class Source:
-    """Something that can be opened and read: a regular file (`path`) or bytes in memory (`data`).
+    """Something that can be opened and read: a regular file (`path`), bytes in memory (`data`) or a part of a file, the
+    `size` bytes of `part`.
 
     `keep` holds a temporary file at `path`, which is removed when the last source of it is gone. With `untrusted`, for
     untrusted files, images too are decoded in a confined process, as videos always are.
@@ -187,23 +200,28 @@ class Source:
     data: bytes | None = field(default=None, repr=False)
     keep: object = field(default=None, repr=False, compare=False)
     untrusted: bool = False
+    part: Part | None = None
 
     def open(self) -> BinaryIO:
         """A new seekable binary stream at the beginning."""
         if self.data is not None:
             return io.BytesIO(self.data)
-        assert self.path is not None
+        path = self.part.path if self.part is not None else self.path
+        assert path is not None
         try:
-            return self.path.open("rb")
+            if self.part is not None:
+                return io.BufferedReader(_PartOfFile(path.open("rb", buffering=0), self.part.offset, self.size))
+            return path.open("rb")
         except OSError as error:
             raise MediaError(f"{self.name} cannot be opened: {_reason(error)}; check its permissions") from None
 
     def open_file(self) -> BinaryIO:
         """Like `open`, but always backed by a file descriptor that a child process can inherit."""
-        if self.data is None:
+        if self.path is not None:
             return self.open()
         file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-        file.write(self.data)
+        with self.open() as content:
+            shutil.copyfileobj(content, file, PIECE)
         file.seek(0)
         return file
 
@@ -211,6 +229,37 @@ class Source:
         """The first `count` bytes."""
         with self.open() as file:
             return file.read(count)
+
+
+class _PartOfFile(io.RawIOBase):
+    """The `size` bytes of an open file from `offset` on."""
+
+    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._place = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, start + place)
+        return self._place
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer).cast("B")
+        data = os.pread(
+            self._file.fileno(), min(len(view), max(0, self._size - self._place)), self._offset + self._place
+        )
+        view[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 #: What a user may give for a file: a path, a URL, the bytes of a file, or a source.
