@@ -69,7 +69,7 @@ class Decoder(nn.Module):
         rope = self.rope(position_ids)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, step, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rope, step, use_reentrant=False)
             else:
                 x = layer(x, rope, step)
         return self.norm(x)

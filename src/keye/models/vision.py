@@ -186,7 +186,7 @@ def encode_vision(visual: Visual, projector: Projector, pixel_values: Tensor, gr
         return projector(model(patches.to(weight.dtype), height, width), height, width)
 
     if visual.recompute and torch.is_grad_enabled():
-        encode = partial(checkpoint, encode, use_reentrant=False, preserve_rng_state=False)
+        encode = partial(checkpoint, encode, use_reentrant=False)
     segments = _split_segments(model.config, projector.merge, pixel_values, grid_thw)
     pieces = [encode(patches, height, width) for patches, height, width in _chunks(pixel_values, segments)]
     return torch.cat(pieces) if pieces else weight.new_zeros(0, projector.hidden_size)
