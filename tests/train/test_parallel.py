@@ -25,7 +25,7 @@ def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
         "divided": group.divide(stack, orthogonalise).float(),
         "whole": orthogonalise(stack).float(),
         "partly": _step_with_some_gradients(group),
-        "agreed": torch.tensor(group.agree(0.25 + group.rank)),
+        "agreed": torch.tensor(group.agree(0.25 + group.rank)[0]),
     }
     save_file(done, folder / f"{group.rank}.safetensors")
     return done
@@ -50,7 +50,7 @@ class _Follow:
 
 
 def test_one_process_needs_no_others(tmp_path):
-    with processes(1, tmp_path, _Follow(tmp_path)) as group:
+    with processes(1, "cpu", _Follow(tmp_path)) as group:
         done = _work(group, tmp_path)
     assert group.size == 1
     assert done["scalar"] == 0.0 and done["agreed"] == 0.25
@@ -78,7 +78,7 @@ time.sleep(600)
 
 @pytest.mark.slow
 def test_two_processes_sum_divide_and_agree(tmp_path):
-    with processes(2, tmp_path, _Follow(tmp_path)) as group:
+    with processes(2, "cpu", _Follow(tmp_path)) as group:
         mine = _work(group, tmp_path)
     other = load_file(tmp_path / "1.safetensors")
     for done in (mine, other):

@@ -26,15 +26,15 @@ STAGES = (
     nano_stage("select", steps=2, mix=MIX, warmup_steps=1, trains="all", attention="sparse", pointing=0.05),
 )  # fmt: skip
 RECORDED = [
-    {"loss": 32.28, "grad_norm": 28.62},
-    {"loss": 30.76, "grad_norm": 26.97},
-    {"loss": 7.517, "balance": 1.029, "grad_norm": 14.19},
-    {"loss": 7.531, "balance": 1.027, "grad_norm": 17.86},
-    {"loss": 7.517, "balance": 1.034, "grad_norm": 16.73},
-    {"kl/3": 0.4096, "grad_norm": 0.71},
-    {"kl/3": 0.3643, "grad_norm": 0.543},
-    {"loss": 7.552, "kl/3": 0.2427, "balance": 1.031, "grad_norm": 2.424},
-    {"loss": 7.498, "kl/3": 0.2165, "balance": 1.038, "grad_norm": 2.201},
+    {"loss": 32.2763, "grad_norm": 28.6201},
+    {"loss": 30.7632, "grad_norm": 26.9657},
+    {"loss": 7.51703, "balance": 1.02933, "grad_norm": 14.1899},
+    {"loss": 7.53272, "balance": 1.02734, "grad_norm": 17.8551},
+    {"loss": 7.51755, "balance": 1.03421, "grad_norm": 16.7101},
+    {"kl/3": 0.204871, "grad_norm": 0.354465},
+    {"kl/3": 0.182231, "grad_norm": 0.271635},
+    {"loss": 7.55155, "kl/3": 0.243838, "balance": 1.03187, "grad_norm": 2.39642},
+    {"loss": 7.49688, "kl/3": 0.216071, "balance": 1.03801, "grad_norm": 2.16467},
 ]
 
 

@@ -38,6 +38,16 @@ def hub_config() -> HubConfig:
     )
 
 
+def launched_place() -> tuple[int, int, int] | None:
+    """What `torchrun` says to a process that it has started: its number, how many there are, and its number on this
+    machine (RANK, WORLD_SIZE, LOCAL_RANK). None where it has not started this one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if any(name not in os.environ for name in names):
+        return None
+    rank, size, local_rank = (int(os.environ[name]) for name in names[:3])
+    return rank, size, local_rank
+
+
 def api_key() -> str | None:
     """KEYE_API_KEY, the key that clients of `keye serve` must show where no file of keys is given."""
     return os.environ.get("KEYE_API_KEY") or None

@@ -200,13 +200,14 @@ def update_tensors(model: KeyeModel, tensors: Mapping[str, Tensor]) -> int:
 
 
 def save_model(
-    model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES
-) -> Path:
+    model: KeyeModel, folder: Path, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> Path:  # fmt: skip
     """Writes the weights under the official names: `model.safetensors`, or shards with an index if there are more than
     `shard_bytes`; of a quantised model codes and scales, whatever `dtype` is. Tensors of the official files that no
-    forward pass reads (`CARRIED`) are copied from the folder that the model was loaded from. Returns the path of the
-    file or index; see `write_checkpoint`."""
-    state = {name: t for name, t in model.state_dict().items()
+    forward pass reads (`CARRIED`) are copied from the folder that the model was loaded from. `tensors` are
+    the model's where it does not hold them itself. Returns the path of the file or index; see `write_checkpoint`."""
+    state = {name: t for name, t in (model.state_dict() if tensors is None else tensors).items()
              if not (model.is_tied and name.startswith("lm_head.weight"))}  # fmt: skip
     if quantized_weights(model) and stored_policy(model.config) is None:
         raise WeightsError("the model keeps the formats of the file that it was loaded from, which a folder cannot "

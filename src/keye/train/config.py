@@ -130,14 +130,26 @@ class StageConfig(Settings):
 class ParallelSettings(Settings):
     """How the processes of `torchrun` divide the work."""
 
-    shard: bool = True
-    """Shard weights, gradients and optimizer state over the processes (FSDP2); else each holds all of them."""
+    shard: bool | None = None
+    """Shard weights, gradients and optimizer state over the processes (FSDP2); else each holds all of them. By default
+    they are on GPUs."""
     expert: int = Field(default=1, gt=0)
     """Processes that divide the experts of a layer."""
     tensor: int = Field(default=1, gt=0)
     """Processes that divide each matrix."""
     context: int = Field(default=1, gt=0)
     """Processes that divide the tokens of a batch."""
+
+
+class GuardSettings(Settings):
+    """What happens to steps whose loss or gradient is far from usual. Those that are no number are always left out."""
+
+    spike: float = Field(default=20.0, gt=1)
+    """How many robust standard deviations above the median of the last steps make a spike."""
+    on_spike: Literal["skip", "report", "stop"] = "skip"
+    """skip: leave the step out; report: warn and take it; stop: end the run. All are counted in the log."""
+    patience: int = Field(default=10, gt=0)
+    """The run ends after so many steps in a row were left out."""
 
 
 class LoraSettings(Settings):
@@ -191,6 +203,10 @@ class TrainConfig(Settings):
     lora: LoraSettings | None = None
     """Train an adapter instead of the weights."""
     parallel: ParallelSettings = ParallelSettings()
+    guard: GuardSettings = GuardSettings()
+    peak_flops: Rate | None = None
+    """Operations a second that each process's device can reach, which `mfu` in the log is a share of; measured by
+    default."""
     save_minutes: float = Field(default=5.0, gt=0)
     save_steps: int | None = Field(default=None, gt=0)
     """Save also every so many steps."""

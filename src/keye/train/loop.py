@@ -6,11 +6,10 @@ It knows no recipe: `keye.train.recipe` says what a recipe brings.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,19 @@ import torch
 from keye.config import ConfigError, load_model_config
 from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
-from keye.models.load import load_model, save_model, torch_dtype
+from keye.models.load import load_model, torch_dtype
 from keye.models.quant_fill import quantized_weights
 from keye.ops.elementwise import compile_elementwise
 from keye.process import check_device
-from keye.train.batches import BatchProcess, derived_seed
-from keye.train.checkpoint import LOG_FILE, PROGRESS_FILE, Checkpoint, Progress, check_output, copy_companions
+from keye.train.batches import BatchProcess, StepBatch, derived_seed
+from keye.train.checkpoint import FOLDER, Checkpoints, Progress
 from keye.train.config import StageConfig, TrainConfig
+from keye.train.guard import Guard
+from keye.train.mesh import Mesh
+from keye.train.metrics import Meter, round_figure
 from keye.train.optim import Optimizer, Trained, highest_rate
-from keye.train.parallel import Group, processes
+from keye.train.output import LOG_FILE, begin_output, check_output, lock_output
+from keye.train.parallel import Group, device_of, mean_figures, processes
 from keye.train.recipe import Objective, Recipe, move_batch
 
 Report = Callable[[dict[str, Any]], None]
@@ -44,28 +47,31 @@ def train(
     a cluster they read the tokenizer in the output folder, which must be on a disk that all nodes share.
     """
     check_device(config.device)
-    is_new = check_output(config, resume)
-    load_model_config(config.model)  # a mistake there is reported before anything is written
-    config.output.mkdir(parents=True, exist_ok=True)
-    try:
-        with processes(config.processes, config.output, partial(_train, config, recipe, None, decode)) as group:
-            _train(config, recipe, report, decode, group)
-    except KeyeError:
-        if is_new and not (config.output / PROGRESS_FILE).exists():
-            shutil.rmtree(config.output)
-        raise
+    with processes(config.processes, config.device, partial(_train, config, recipe, resume, None, decode)) as group:
+        _train(config, recipe, resume, report, decode, group)
     return config.output
 
 
-def _train(config: TrainConfig, recipe: Recipe, report: Report | None, decode: str | None, group: Group) -> None:
+def _train(
+    config: TrainConfig, recipe: Recipe, resume: bool, report: Report | None, decode: str | None, group: Group
+) -> None:  # fmt: skip
     """Every stage that is not done yet, in one of the run's processes."""
     torch.set_num_threads(config.threads)
-    run = Run(config, recipe, report, group, decode)
+    load_model_config(config.model)  # a mistake there is reported before anything is written
+    is_new = group.first(partial(check_output, config, resume))
+    lock = lock_output(config.output)
+    group.first(lock.__enter__)
     try:
-        for number in range(run.progress.stage, len(config.stages)):
-            run.train_stage(number)
+        with Run(config, recipe, report, group, decode) as run:
+            for number in range(run.progress.stage, len(config.stages)):
+                run.train_stage(number)
+    except KeyeError:
+        if group.rank == 0 and is_new and not (config.output / FOLDER).exists():
+            shutil.rmtree(config.output)
+        raise
     finally:
-        run.batches.close()
+        if group.rank == 0:
+            lock.__exit__(None, None, None)
 
 
 class Run:
@@ -74,124 +80,252 @@ class Run:
     def __init__(
         self, config: TrainConfig, recipe: Recipe, report: Report | None, group: Group, decode: str | None
     ) -> None:
-        self.config, self.recipe, self.report, self.group = config, recipe, report, group
+        self.config, self.recipe, self.report, self.group, self.decode = config, recipe, report, group, decode
         self.out, self.dtype = config.output, torch_dtype(config.dtype)
-        self.checkpoint = Checkpoint(self.out, [stage.name for stage in config.stages])
-        if group.rank == 0:
-            copy_companions(config.model, self.out)
-        self.progress, self._state = self.checkpoint.load()
-        self.model = self._load_model()
-        if config.fused and (fused := compile_elementwise(self.model.device)) is not None:
-            self.model.set_elementwise(fused)
-        elif config.fused:
-            text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
-            warnings.warn(text, stacklevel=2)
-        group.agree(0.0)  # every process waits until the files of the output folder are there
-        self.batches, self.decode = BatchProcess(), decode
+        self.device = device_of(group, config.device)
+        self.batches = BatchProcess()
+        self.checkpoints = Checkpoints(self.out, [stage.name for stage in config.stages], config.keep or 1, group)
+        try:
+            self.progress = self.checkpoints.newest()
+            group.first(partial(begin_output, config))
+            self.mesh = Mesh(config.parallel, group, load_model_config(config.model), torch.device(self.device))
+            self.model = self._load_model()
+        except BaseException:
+            self.close()
+            raise
+        self.meter = Meter(self.model, group)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends what works in the background."""
+        self.batches.close()
+        self.checkpoints.close()
 
     def _load_model(self) -> KeyeModel:
-        config = load_model_config(self.config.model)
-        resumed = (self.out / PROGRESS_FILE).exists()
-        if self.config.fresh and not resumed:
+        """The model as the run has left it, or as it begins."""
+        has_weights = any(self.out.glob("model*.safetensors"))
+        folder = self.out if has_weights else self.config.model
+        config = load_model_config(folder)
+        if self.config.fresh and not has_weights:
             model = self.recipe.create_model(config, self.config.model, self.config.seed)
-            return model.to(device=self.config.device, dtype=self.dtype)
-        folder = self.out if resumed else self.config.model
-        model, report = load_model(folder, config, device=self.config.device, dtype=self.dtype)
-        if quantized_weights(model):
-            raise ConfigError(f"{folder} is quantised and cannot be trained; start from the model it was made of")
-        if report.lacks_indexer:
-            raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
+            model = model.to(device=self.device, dtype=self.dtype)
+        else:
+            quant = self.config.quant
+            model, report = load_model(folder, config, device=self.device, dtype=self.dtype, quant=quant)
+            if quantized_weights(model) and self.config.lora is None:
+                raise ConfigError(f"{folder} is quantised and cannot be trained; train an adapter ([lora]), or start "
+                                  "from the model it was made of")  # fmt: skip
+            if report.lacks_indexer:
+                raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
+        self.recipe.begin_run(model, self.config)
+        if self.config.fused and (fused := compile_elementwise(model.device)) is not None:
+            model.set_elementwise(fused)
+        elif self.config.fused:
+            text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
+            warnings.warn(text, stacklevel=2)
+        self.mesh.divide(model)
         return model
 
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""
-        stage = self.config.stages[number]
+        stage, resumed = self.config.stages[number], self.progress
+        seed = derived_seed(self.config.seed, number, stage.name)
+        is_resumed = resumed.step > 0 or resumed.ended
         torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "heads"))
+        self._note(stage, self.recipe.begin_stage(stage, self.model, self.out, seed=seed, resumed=is_resumed))
         objective = self.recipe.make_objective(stage, self.model)
         objective.heads.to(self.model.device)
+        optimizer = self._make_optimizer(stage, objective)
+        if is_resumed:
+            state = optimizer.state()
+            self.checkpoints.load(resumed, state)
+            optimizer.take_state(state)
+        if not resumed.ended:
+            self._run_steps(number, objective, optimizer)
+        self._note(stage, self.recipe.end_stage(stage, self.model, self.out))
+        self._save_model()
+        self.progress = resumed.next_stage()
+        self.checkpoints.save(self.progress, None, wait=True)
+
+    def _make_optimizer(self, stage: StageConfig, objective: Objective) -> Optimizer:
         rate = highest_rate(stage, "heads", is_matrix=False)
         heads = [Trained(f"heads.{name}", p, False, rate) for name, p in objective.heads.named_parameters()]
         trained = [*self.recipe.prepare(self.model, stage), *heads]
-        optimizer = Optimizer(trained, group=self.group, weight_decay=stage.weight_decay, clip=stage.clip)
-        if self._state is not None:
-            optimizer.load_state(self._state)
-            self._state = None
-        self.model.train()
-        clock = Clock(self.progress, self.config)
-        self._open_batches(number)
-        norm = 0.0
-        while True:
-            progress = self.group.agree(stage.share_done(clock.step, clock.seconds() / 60))
-            if progress >= 1.0 or (batch := self.batches.next()) is None:
-                break
-            factor = stage.lr_factor(clock.step, max(progress, batch.share))
-            # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
-            torch.manual_seed(derived_seed(self.config.seed, number, stage.name, "loss", clock.step, self.group.rank))
-            for micro in batch.micro:
-                objective.loss(self.model, move_batch(micro, self.model.device), batch.count).backward()
-            norm = optimizer.step(factor)
-            clock.step += 1
-            if self.group.rank == 0:
-                if clock.log_due():
-                    self._log(stage, clock, objective, norm)
-                if clock.save_due():
-                    self._save(Progress(number, clock.step, clock.seconds(), batch.state), optimizer)
-        self.progress = Progress(number + 1)
-        if self.group.rank == 0:
-            if clock.step > clock.logged_step:
-                self._log(stage, clock, objective, norm)
-            self._save(self.progress)
+        betas = (0.9, 0.95) if stage.optimizer == "adamw" else (0.9, 0.97)
+        return Optimizer(trained, objective.heads.named_buffers(), group=self.group, betas=betas,
+                         weight_decay=stage.weight_decay, clip=stage.clip)  # fmt: skip
 
-    def _open_batches(self, number: int) -> None:
-        stage = self.config.stages[number]
+    def _run_steps(self, number: int, objective: Objective, optimizer: Optimizer) -> None:
+        """The steps of a stage, with the last of which its last checkpoint is written."""
+        stage, resumed = self.config.stages[number], self.progress
         seed = derived_seed(self.config.seed, number, stage.name)
-        source = partial(self.recipe.open_batches, stage, self.out, seed=seed, rank=self.group.rank,
-                         size=self.group.size, state=self.progress.data, decode=self.decode)  # fmt: skip
+        places = {"rank": self.mesh.data_rank, "size": self.mesh.data_size}
+        source = partial(self.recipe.open_batches, stage, self.out.absolute(), seed=seed, state=resumed.data,
+                         decode=self.decode, **places)  # fmt: skip
         self.batches.open(f"{number} {stage.name}", source)
+        self.model.train()
+        clock, guard = Clock(resumed, self.config), Guard(self.config.guard, resumed.guard)
+        step = Step(self, number, objective, optimizer, guard)
+        done, data = 0.0, resumed.data
+        while True:
+            logs, saves, done = self.group.agree(*clock.due(), stage.share_done(clock.step, clock.seconds() / 60))
+            if logs:
+                self._log(stage, clock, step, done)
+            if saves:
+                self._save(Progress(number, clock.step, clock.seconds(), False, data, guard.state()), optimizer, saves)
+            if done >= 1.0:
+                break
+            with self.meter.waiting():
+                batch = self.batches.next()
+            if batch is None:
+                break
+            done = max(done, batch.share)
+            step.take(batch, clock.step, stage.lr_factor(clock.step, done))
+            clock.step, data = clock.step + 1, batch.state
+            if stage.eval_steps and clock.step % stage.eval_steps == 0:
+                self._validate(stage, objective)
+        if clock.step > clock.logged_step:
+            self._log(stage, clock, step, 1.0)
+        ended = Progress(number, clock.step, clock.seconds(), True)
+        self.checkpoints.save(ended, optimizer.state(), wait=True)
 
-    def _log(self, stage: StageConfig, clock: Clock, objective: Objective, norm: float) -> None:
-        figures = {"stage": stage.name, "step": clock.step, "minutes": round(clock.seconds() / 60, 2),
-                   "steps_per_second": round(clock.rate(), 3), "grad_norm": round_figure(norm),
-                   **{name: round_figure(value) for name, value in objective.figures.take().items()}}  # fmt: skip
+    def _validate(self, stage: StageConfig, objective: Objective) -> None:
+        """Logs the loss of held-out data, where there are any."""
+        places = {"rank": self.mesh.data_rank, "size": self.mesh.data_size}
+        source = self.recipe.open_validation(stage, self.out, **places)
+        if source is None:
+            return
+        total, count, figures = 0.0, 0.0, objective.figures
+        objective.figures = type(figures)()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                while (batch := source.next()) is not None:
+                    for micro in batch.micro:
+                        with self.mesh.gathered(self.model):
+                            total += float(objective.loss(self.model, move_batch(micro, self.model.device), 1.0))
+                    count += batch.count
+        finally:
+            source.close()
+            objective.figures = figures
+            self.model.train()
+        (total,) = self.group.total(total)
+        self._note(stage, {"val_loss": total / count} if count else {})
+
+    def _log(self, stage: StageConfig, clock: Clock, step: Step, done: float) -> None:
+        figures = mean_figures(self.group, step.objective.figures.sums())
+        rates = self.meter.take(clock.step - clock.logged_step)
+        first = {"step": clock.step, "minutes": round(clock.seconds() / 60, 2), "lr": step.rate()}
+        left = {"seconds_left": round(clock.seconds() * (1 - done) / done)} if 0 < done < 1 else {}
+        clock.mark_logged()
+        self._note(stage, {**first, **figures, "grad_norm": step.norm, **rates, **step.guard.take(), **left})
+
+    def _note(self, stage: StageConfig, figures: Mapping[str, float]) -> None:
+        """Adds a line to the log."""
+        if self.group.rank > 0 or not figures:
+            return
+        line = {"stage": stage.name, **{name: round_figure(value) for name, value in figures.items()}}
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
-        if self.report is not None:
-            self.report(figures)
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self.report is not None and "step" in line:
+            self.report(line)
 
-    def _save(self, progress: Progress, optimizer: Optimizer | None = None) -> None:
-        save_model(self.model, self.out, dtype=self.dtype)
-        self.checkpoint.save(progress, None if optimizer is None else optimizer.state())
+    def _save(self, progress: Progress, optimizer: Optimizer, how: float) -> None:
+        self.checkpoints.save(progress, optimizer.state())
+        if how == Clock.WITH_MODEL:
+            self._save_model()
+
+    def _save_model(self) -> None:
+        """Writes the loadable model."""
+        tensors = self.mesh.gather_state(self.model)
+        if self.group.rank == 0:
+            self.recipe.save(self.model, tensors, self.out, self.dtype)
+        self.group.agree(0.0)
+
+
+class Step:
+    """One step after another: micro-batches, the guard, the update."""
+
+    def __init__(self, run: Run, number: int, objective: Objective, optimizer: Optimizer, guard: Guard) -> None:
+        self.run, self.number, self.objective, self.optimizer, self.guard = run, number, objective, optimizer, guard
+        self.stage, self.norm, self._factor = run.config.stages[number], 0.0, 0.0
+
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return self.stage.lr * self._factor
+
+    def take(self, batch: StepBatch, step: int, factor: float) -> None:
+        """Learns from a batch."""
+        run, loss, self._factor = self.run, 0.0, factor
+        # Every step has its own random numbers, so that a resumed run draws those of an uninterrupted one.
+        parts = (run.config.seed, self.number, self.stage.name, "loss", step)
+        torch.manual_seed(derived_seed(*parts, run.mesh.data_rank))
+        try:
+            for micro in batch.micro:
+                with run.mesh.gathered(run.model) as anchor:
+                    part = self.objective.loss(run.model, move_batch(micro, run.model.device), batch.count)
+                    loss += float(part.detach())
+                    (part + anchor).backward()
+                self.optimizer.add_gradients()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(run.device, batch) from error
+            raise
+        run.meter.count(batch.figures)
+        self.norm = self.optimizer.reduce()
+        (loss,) = run.group.total(loss)
+        if self.guard.accepts(loss, self.norm, f"{self.stage.name}, step {step + 1}"):
+            self.optimizer.update(factor, self.norm)
+        self.optimizer.clear()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the processor had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def out_of_memory(device: str, batch: StepBatch) -> KeyeError:
+    """The sentence for a step that did not fit."""
+    tokens = batch.figures.get("tokens")
+    size = "" if tokens is None else f" of {int(tokens):,} tokens"
+    room = ""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(device)
+        room = f": {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB were in use"
+    return KeyeError(f"a step{size} does not fit in the memory of {device}{room}; lower max_tokens or the batch, set "
+                     "checkpointing = true, or divide the model among more processes ([parallel])")  # fmt: skip
 
 
 class Clock:
     """Steps and seconds of a stage, those before a resume included."""
 
+    #: What is due: a checkpoint alone, or the loadable model with it.
+    CHECKPOINT, WITH_MODEL = 1.0, 2.0
+
     def __init__(self, progress: Progress, run: TrainConfig) -> None:
-        self.step, self.run = progress.step, run
+        self.step, self.run, self._first = progress.step, run, progress.step
         self._before, self._begin = progress.seconds, time.monotonic()
         self._logged, self._saved, self.logged_step = self._begin, self._begin, self.step
 
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._begin
 
-    def rate(self) -> float:
-        """Steps a second since the last call."""
-        now = time.monotonic()
-        rate = (self.step - self.logged_step) / max(1e-9, now - self._logged)
-        self._logged, self.logged_step = now, self.step
-        return rate
+    def mark_logged(self) -> None:
+        self._logged, self.logged_step = time.monotonic(), self.step
 
-    def log_due(self) -> bool:
-        return time.monotonic() - self._logged >= self.run.log_seconds
-
-    def save_due(self) -> bool:
-        by_steps = self.run.save_steps is not None and self.step % self.run.save_steps == 0
-        if not by_steps and time.monotonic() - self._saved < self.run.save_minutes * 60:
-            return False
-        self._saved = time.monotonic()
-        return True
-
-
-def round_figure(value: float) -> float | None:
-    """A figure of the log with four significant digits; None where it is not finite, which JSON cannot write."""
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    def due(self) -> tuple[float, float]:
+        """Whether to log (0 or 1), and what to save (0: nothing); what is to be saved counts as saved from now on."""
+        if self.step == self._first:
+            return 0.0, 0.0
+        logs = self.step > self.logged_step and time.monotonic() - self._logged >= self.run.log_seconds
+        saves = 0.0
+        if time.monotonic() - self._saved >= self.run.save_minutes * 60:
+            saves, self._saved = self.WITH_MODEL, time.monotonic()
+        elif self.run.save_steps is not None and self.step % self.run.save_steps == 0:
+            saves = self.CHECKPOINT
+        return float(logs), saves

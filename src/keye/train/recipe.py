@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +30,14 @@ class Figures:
         entry[0] += value
         entry[1] += count
 
-    def take(self) -> dict[str, float]:
-        means = {name: total / count for name, (total, count) in sorted(self._sums.items()) if count}
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Sums and counts by name; starts again."""
+        sums = {name: (total, count) for name, (total, count) in sorted(self._sums.items())}
         self._sums.clear()
-        return means
+        return sums
+
+    def take(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums().items() if count}
 
 
 class Objective(Protocol):
@@ -59,6 +64,21 @@ class Recipe(Protocol):
 
     def create_model(self, config: KeyeConfig, folder: Path, seed: int) -> KeyeModel:
         """Float32 weights for a model that is trained from nothing; `folder` has its tokenizer."""
+
+    def begin_run(self, model: KeyeModel, run: TrainConfig) -> None:
+        """Called once, after the model was made or loaded and before it is divided among processes."""
+
+    def begin_stage(
+        self, stage: Any, model: KeyeModel, folder: Path, *, seed: int, resumed: bool
+    ) -> Mapping[str, float]:  # fmt: skip
+        """Called before everything else of a stage; `resumed`: some of its steps are done. Returns figures to log."""
+
+    def end_stage(self, stage: Any, model: KeyeModel, folder: Path) -> Mapping[str, float]:
+        """Called after the last step of a stage, before the model is written. Returns figures to log."""
+
+    def save(self, model: KeyeModel, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+        """Writes what the run has made, so that `folder` loads. `tensors` is the model's state, which a model that is
+        divided among processes does not hold itself. Called in process 0."""
 
     def prepare(self, model: KeyeModel, stage: Any) -> list[Trained]:
         """Makes the model ready for a stage, marks what it changes, and returns that."""

@@ -94,7 +94,7 @@ class FamilyRecipe:
 
     def save(self, model: KeyeModel, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
         if self.lora is None:
-            save_model(model, folder, dtype=dtype)
+            save_model(model, folder, dtype=dtype, tensors=tensors)
         else:
             assert self.run is not None
             save_adapter(self.lora, folder, base=str(self.run.model))

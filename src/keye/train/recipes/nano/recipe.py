@@ -5,6 +5,7 @@ Sources: 2.0 report (warm-up and sparse adaptation), `keye.train.packed`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from keye.chat.tokenizer import Tokenizer
 from keye.config import KeyeConfig
 from keye.models.keye import KeyeModel
+from keye.models.load import save_model
 from keye.train.algorithms.sft import SupervisedFineTuning
+from keye.train.config import TrainConfig
 from keye.train.losses import token_loss
 from keye.train.optim import Trained, mark_trainable
 from keye.train.packed import TreeStep
@@ -126,6 +129,20 @@ class NanoRecipe:
         model = fresh_model(config, seed)
         order_numbers(model, number_tokens(Tokenizer.from_file(folder)))
         return model
+
+    def begin_run(self, model: KeyeModel, run: TrainConfig) -> None:
+        """Nothing: the model is trained as it is."""
+
+    def begin_stage(
+        self, stage: NanoStage, model: KeyeModel, folder: Path, *, seed: int, resumed: bool
+    ) -> Mapping[str, float]:  # fmt: skip
+        return {}
+
+    def end_stage(self, stage: NanoStage, model: KeyeModel, folder: Path) -> Mapping[str, float]:
+        return {}
+
+    def save(self, model: KeyeModel, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+        save_model(model, folder, dtype=dtype, tensors=tensors)
 
     def prepare(self, model: KeyeModel, stage: NanoStage) -> list[Trained]:
         return mark_trainable(model, stage)

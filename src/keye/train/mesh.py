@@ -1,0 +1,159 @@
+"""How the processes of a run divide a model: FSDP2 for the decoder, parts that are gathered once a step for the rest.
+
+Legend: a *part* is what one process holds of a parameter (`DTensor`, cut along its first dimension).
+
+Every process passes once through each decoder layer in a micro-batch, so FSDP2 gathers a layer before it is used and
+frees it after. The vision tower, the projector, embeddings and the head run as often as a process has images and
+chunks, which differs between processes: their large matrices are gathered once before a micro-batch and their
+gradients scattered once after it, whatever happens between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from keye.config import ConfigError, KeyeConfig
+from keye.models.keye import KeyeModel
+from keye.models.quant_fill import quantized_weights
+from keye.train.config import ParallelSettings
+from keye.train.parallel import Group
+
+#: Parameters of fewer numbers stay whole in every process.
+LEAST_NUMBERS: Final = 1 << 16
+# Their names in torch 2.13; older ones warn there.
+_all_gather: Final = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Final = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check_sizes(settings: ParallelSettings, size: int) -> None:
+    """`ConfigError` where `size` processes cannot be divided as the settings say."""
+    if size % settings.context:
+        raise ConfigError(f"parallel.context is {settings.context}, which does not divide the {size} processes of the "
+                          "run; start a multiple of it")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix that is gathered once a micro-batch: an attribute of a module, in every module that has it."""
+
+    owners: tuple[tuple[nn.Module, str], ...]
+    parameter: nn.Parameter
+
+
+class Mesh:
+    """The processes of a run and what each holds. With one process nothing is divided."""
+
+    def __init__(self, settings: ParallelSettings, group: Group, config: KeyeConfig, device: torch.device) -> None:
+        check_sizes(settings, group.size)
+        self.group, self.device, self.context = group, device, settings.context
+        self.data_rank, self.data_size = group.rank // settings.context, group.size // settings.context
+        shard = device.type == "cuda" if settings.shard is None else settings.shard
+        self.shards = shard and group.size > 1
+        self.mesh: DeviceMesh | None = None
+        self._gathered: list[Place] = []
+        if self.shards:
+            self.mesh = init_device_mesh(device.type, (group.size,), mesh_dim_names=("shard",))
+
+    def divide(self, model: KeyeModel) -> None:
+        """Divides the parameters of a model that every process holds whole. Quantised models stay whole: what is
+        trained on them is an adapter."""
+        if self.mesh is None or quantized_weights(model):
+            return
+        # Gradients are summed in float32 and not averaged: a loss is divided by the count of all processes.
+        options: dict[str, Any] = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        decoder: Any = model.model
+        for layer in decoder.layers:
+            fully_shard(layer, **options)
+            layer.set_force_sum_reduction_for_comms(True)  # gloo knows sums alone
+            layer.set_gradient_divide_factor(1.0)
+        inside = {id(p) for layer in decoder.layers for p in layer.parameters()}
+        outside = {p for p in decoder.parameters() if id(p) not in inside}
+        fully_shard(decoder, ignored_params=outside, **options)
+        self._gathered = list(self._divide_rest(model, inside))
+
+    def _divide_rest(self, model: KeyeModel, inside: set[int]) -> Iterator[Place]:
+        """Divides large parameters outside the decoder layers."""
+        assert self.mesh is not None
+        owners: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        decoder_layers = set(model.model.layers.modules())
+        for module in model.modules():
+            if module in decoder_layers:
+                continue
+            for name, p in module.named_parameters(recurse=False):
+                if p.numel() >= LEAST_NUMBERS and p.is_floating_point():
+                    owners.setdefault(p, []).append((module, name))
+        for p, places in owners.items():
+            part = nn.Parameter(distribute_tensor(p.detach(), self.mesh, [Shard(0)], src_data_rank=None),
+                                requires_grad=p.requires_grad)  # fmt: skip
+            for module, name in places:
+                module.register_parameter(name, part)
+            yield Place(tuple(places), part)
+
+    @contextmanager
+    def gathered(self, model: KeyeModel) -> Iterator[Tensor | float]:
+        """In the block, for one forward and backward pass, the parameters outside the decoder layers are whole. What it
+        yields is to be added to the loss: zero, with a gradient for each of them, so that no process misses one."""
+        if not self._gathered:
+            yield 0.0
+            return
+        anchor: Tensor | float = 0.0
+        try:
+            for place in self._gathered:
+                assert isinstance(place.parameter, DTensor)
+                full = Gather.apply(place.parameter.to_local(), place.parameter.shape[0], self.group.size)
+                if full.requires_grad:
+                    anchor = anchor + full.flatten()[0] * 0.0
+                for module, name in place.owners:
+                    del module._parameters[name]
+                    module.__dict__[name] = full
+            yield anchor
+        finally:
+            for place in self._gathered:
+                for module, name in place.owners:
+                    module.__dict__.pop(name, None)
+                    module.register_parameter(name, place.parameter)
+
+    def gather_state(self, model: KeyeModel) -> dict[str, Tensor]:
+        """The whole state of the model: in process 0 in main memory where it is divided, and empty elsewhere."""
+        state = model.state_dict()
+        if not self.shards:
+            return state
+        gathered = {}
+        for name, tensor in state.items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.group.rank == 0:
+                gathered[name] = full.cpu()
+        return gathered
+
+
+class Gather(torch.autograd.Function):
+    """The whole [n, ...] of a tensor of which each process has a part; the gradient is summed in float32 and cut."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, n: int, size: int) -> Tensor:
+        ctx.rows, ctx.size, ctx.dtype = part.shape[0], size, part.dtype
+        most = -(-n // size)
+        padded = part.new_zeros(most, *part.shape[1:])
+        padded[: part.shape[0]] = part
+        full = part.new_empty(most * size, *part.shape[1:])
+        _all_gather(full, padded)
+        return full[:n]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        most = -(-grad.shape[0] // ctx.size)
+        padded = grad.new_zeros(most * ctx.size, *grad.shape[1:], dtype=torch.float32)
+        padded[: grad.shape[0]] = grad
+        part = padded.new_empty(most, *grad.shape[1:])
+        _reduce_scatter(part, padded)
+        return part[: ctx.rows].to(ctx.dtype), None, None
