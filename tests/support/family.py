@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from keye.models.keye import KeyeModel
+from keye.train.optim import mark_trainable
 from keye.train.recipe import move_batch
 from keye.train.recipes.family.config import DataConfig, FamilyStage
+from keye.train.recipes.family.objectives import NextToken
 from keye.train.recipes.family.sources import open_batches
 from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.tiny import tiny_config
@@ -54,3 +56,14 @@ def first_micro(stage: FamilyStage, folder: Path) -> tuple[Any, float]:
 def tiny_network(seed: int = 0) -> KeyeModel:
     """Fresh weights, float32."""
     return fresh_model(tiny_config(), seed)
+
+
+def learn(model: KeyeModel, stage: FamilyStage, folder: Path, steps: int, lr: float = 1e-2) -> None:
+    """Trains the model on the first batch of a stage."""
+    optimizer = torch.optim.AdamW([each.parameter for each in mark_trainable(model, stage)], lr=lr)
+    objective = NextToken(stage, model)
+    micro, count = first_micro(stage, folder)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        objective.loss(model, micro, count).backward()
+        optimizer.step()

@@ -93,7 +93,8 @@ def sample_modes(stage: FamilyStage, model: KeyeModel, folder: Path, seed: int) 
             figures.add("needed", needed)
             yield to_row(sample, _auto_reply(sample, slow, gold, style, needed), mode="auto")
 
-    return {**figures.take(), "rows": float(_write(samples_file(folder, stage), rows()))}
+    count = _write(samples_file(folder, stage), rows())
+    return {**figures.take(), "rows": float(count)}
 
 
 def count_loops(stage: FamilyStage, model: KeyeModel, folder: Path, seed: int) -> float:
