@@ -7,21 +7,23 @@ workers.
 
 from __future__ import annotations
 
-import heapq
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Final, TypeAlias
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Final, TypeAlias, TypeVar
 
 from keye.chat.messages import Medium
 from keye.chat.times import parse_intervals
 from keye.config import ProcessorConfig
 from keye.config.media import media_options
-from keye.data.formats.context import GroundQuestion, Paths, default_question
-from keye.data.mixing import derive_key, scramble
-from keye.data.samples import BadRow, Place, Sample, Skip
+from keye.data.formats.context import GroundQuestion, Notes, Paths, default_question
+from keye.data.mixing import Permutation, derive_key
+from keye.data.samples import BadRow, Sample, Skip
 from keye.data.sources import DataSet, OpenSet, open_set
 from keye.errors import KeyeError, MediaError
 from keye.media.decode.image_reader import ImageReader
@@ -33,9 +35,14 @@ MAX_FAULTS: Final = 10_000
 #: Images that one worker opens.
 _TOGETHER: Final = 64
 _INTERVAL: Final = 0.2
+#: Rows that are looked at for each that is to have media.
+_TRIES: Final = 50
 #: Seconds by which an answer may name a time after the end of its video: annotations are rounded.
 _SLACK: Final = 1.0
 
+T = TypeVar("T")
+#: Of a medium: why it cannot be used; else the seconds of a video, None for a picture.
+Outcome: TypeAlias = str | float | None
 #: What is checked ("rows", "media"), how many are done, of how many, and the seconds left where they are known.
 Progress: TypeAlias = Callable[[str, int, int, float | None], None]
 
@@ -73,14 +80,24 @@ def check_sets(
     """
     paths = Paths(remember=True)
     opened = [open_set(dataset, ground_question=ground_question, paths=paths, opens=False) for dataset in sets]
-    check = _Check(seed, media, on_progress)
-    for number, opened_set in enumerate(opened):
-        check.read_rows(number, opened_set)
-    check.open_media(opened)
+    check = _Check(opened, seed, on_progress)
+    if media is None:
+        check.read_rows()
+        check.open_media(check.used())
+    elif not media or any(each.rows.blocks is not None for each in opened):
+        check.read_rows()
+        check.open_media(check.draw(media))
+    else:  # the workers that open media have a core of their own while rows are read
+        drawn = check.draw(media)
+        with ThreadPoolExecutor(1) as pool:
+            opening = pool.submit(check.open_media, drawn)
+            check.read_rows()
+            opening.result()
+    faults = sorted(set(check.faults), key=lambda skip: (skip.place.file, skip.place.line))
     notes = sum((each.context.notes.counts for each in opened), start=Counter[str]())
     formats = tuple((str(each.dataset.path), each.rows.kind, each.count) for each in opened)
-    faults = tuple(sorted(check.faults, key=lambda skip: (skip.place.file, skip.place.line)))
-    return DataCheck(check.rows, check.media_checked, faults, check.more, dict(notes), formats)
+    more = max(0, len(faults) - MAX_FAULTS)
+    return DataCheck(check.rows, check.media_checked, tuple(faults[:MAX_FAULTS]), more, dict(notes), formats)
 
 
 class _Clock:
@@ -101,119 +118,159 @@ class _Clock:
 
 
 class _Check:
-    def __init__(self, seed: int, media: int | None, on_progress: Progress | None) -> None:
-        self.seed, self._media, self._on_progress = seed, media, on_progress
-        self.rows = self.media_checked = self.more = 0
+    """Rows are named by the number of their set and their own."""
+
+    def __init__(self, sets: Sequence[OpenSet], seed: int, on_progress: Progress | None) -> None:
+        self.sets, self.seed, self._on_progress = sets, seed, on_progress
+        self.indices = [opened.indices(seed, number) for number, opened in enumerate(sets)]
+        self.rows = self.media_checked = 0
         self.faults: list[Skip] = []
-        #: Rows with media, those with the least hash first out: (-hash, set, row).
-        self._drawn: list[tuple[int, int, int]] = []
+        self._reading = True
 
-    def read_rows(self, number: int, opened: OpenSet) -> None:
-        """Converts all rows of a set, and draws those whose media will be opened."""
-        key, indices = derive_key(self.seed, "media", number), opened.indices(self.seed, number)
-        clock = _Clock("rows", len(indices), self._on_progress)
-        for done, index in enumerate(indices, 1):
-            try:
-                sample = opened.sample(index)
-            except BadRow as error:
-                self.add(opened.rows.place(index), str(error))
-            else:
-                if self._media != 0 and sample.media:
-                    self._draw((-scramble(key ^ index), number, index))
-            self.rows += 1
-            clock.report(done)
+    def used(self) -> list[tuple[int, int]]:
+        """All rows of all sets."""
+        return [(number, index) for number, indices in enumerate(self.indices) for index in indices]
 
-    def _draw(self, row: tuple[int, int, int]) -> None:
-        if self._media is None or len(self._drawn) < self._media:
-            heapq.heappush(self._drawn, row)
-        else:
-            heapq.heappushpop(self._drawn, row)
+    def draw(self, count: int) -> list[tuple[int, int]]:
+        """At most `count` rows with media, drawn by the seed from all that are used, in the order of their files."""
+        starts = [0, *accumulate(map(len, self.indices))]
+        order, sets = Permutation(starts[-1], derive_key(self.seed, "media")), self._copies(opens=False)
+        drawn: list[tuple[int, int]] = []
+        begin, end = 0, count
+        while len(drawn) < count and begin < min(_TRIES * count, order.count):
+            for place in sorted(order[place] for place in range(begin, min(end, order.count))):
+                number = bisect_right(starts, place) - 1
+                index = self.indices[number][place - starts[number]]
+                with suppress(BadRow):
+                    if sets[number].sample(index).media:
+                        drawn.append((number, index))
+            begin, end = end, end * 2
+        return sorted(drawn[:count])
 
-    def add(self, place: Place, reason: str) -> None:
-        """Notes a fault."""
-        if len(self.faults) < MAX_FAULTS:
-            self.faults.append(Skip(place, reason))
-        else:
-            self.more += 1
+    def read_rows(self) -> None:
+        """Converts all rows."""
+        clock = _Clock("rows", sum(map(len, self.indices)), self._on_progress)
+        for opened, indices in zip(self.sets, self.indices, strict=True):
+            for index in indices:
+                try:
+                    opened.sample(index)
+                except BadRow as error:
+                    self.faults.append(Skip(opened.rows.place(index), str(error)))
+                self.rows += 1
+                clock.report(self.rows)
+        self._reading = False
 
-    def open_media(self, sets: Sequence[OpenSet]) -> None:
-        """Opens the media of the drawn rows, each medium once."""
-        rows = sorted((number, index) for _, number, index in self._drawn)
-        clock = _Clock("media", len(rows), self._on_progress)
-        done = 0
+    def open_media(self, rows: Sequence[tuple[int, int]]) -> None:
+        """Opens the media of some rows, each medium with the same options once."""
+        clock = _Clock("media", len(rows), lambda *report: self._emit(*report))
+        sets, outcomes = self._copies(opens=True), dict[object, Outcome]()
         with ThreadPoolExecutor(2) as pool:
-            for batch in (rows[begin : begin + _TOGETHER] for begin in range(0, len(rows), _TOGETHER)):
-                samples = [sample for sample in (self._read(sets[number], index) for number, index in batch) if sample]
-                images = [job for sample in samples for job in _images(sample)]
-                videos = [job for sample in samples for job in _videos(sample)]
+            for begin in range(0, len(rows), _TOGETHER):
+                batch = rows[begin : begin + _TOGETHER]
+                samples = list(self._read(sets, batch))
+                images = {_key(image): image for sample in samples for image in _images(sample)}
+                videos = {_key(video): video for sample in samples for video in _videos(sample)}
+                images, videos = _without(images, outcomes), _without(videos, outcomes)
+                pictures = pool.submit(_open_images, images)
+                outcomes.update(zip(videos, pool.map(_open_video, videos.values()), strict=True))
+                outcomes.update(pictures.result())
                 self.media_checked += len(images) + len(videos)
-                for place, fault in _open_images(images):
-                    self.add(place, fault)
-                for (sample, _), fault_or_none in zip(videos, pool.map(_open_video, videos), strict=True):
-                    if fault_or_none is not None:
-                        self.add(sample.place, fault_or_none)
-                done += len(batch)
-                clock.report(done)
+                for sample in samples:
+                    self.faults += [Skip(sample.place, reason) for reason in _find_faults(sample, outcomes)]
+                for key in [key for key in outcomes if not isinstance(key, str)]:
+                    del outcomes[key]  # media in memory, which no later row names
+                clock.report(begin + len(batch))
 
-    def _read(self, opened: OpenSet, index: int) -> Sample | None:
-        """The sample of a row, its pictures opened where their sizes are needed."""
-        try:
-            return opened.opening().sample(index)
-        except BadRow as error:
-            self.add(opened.rows.place(index), str(error))
-            return None
+    def _copies(self, *, opens: bool) -> list[OpenSet]:
+        """The sets with notes of their own: those of rows that are read again are not counted."""
+        return [
+            OpenSet(opened.dataset, opened.rows, replace(opened.context, opens=opens, notes=Notes()))
+            for opened in self.sets
+        ]
+
+    def _emit(self, what: str, done: int, total: int, left: float | None) -> None:
+        """Progress of media, once all rows are read."""
+        if self._on_progress is not None and not self._reading:
+            self._on_progress(what, done, total, left)
+
+    def _read(self, sets: Sequence[OpenSet], rows: Sequence[tuple[int, int]]) -> Iterator[Sample]:
+        """The samples of rows, their pictures opened where their sizes are needed."""
+        for number, index in rows:
+            try:
+                yield sets[number].sample(index)
+            except BadRow as error:
+                self.faults.append(Skip(sets[number].rows.place(index), str(error)))
 
 
-def _images(sample: Sample) -> Iterator[tuple[Sample, object]]:
+def _key(medium: object) -> object:
+    """What tells a medium and its options from others: a text for a file, else a number."""
+    source = medium.source if isinstance(medium, Medium) else medium
+    if not isinstance(source, str):
+        return id(source)
+    return repr((source, medium.options)) if isinstance(medium, Medium) else source
+
+
+def _without(media: Mapping[object, T], outcomes: Mapping[object, Outcome]) -> dict[object, T]:
+    return {key: medium for key, medium in media.items() if key not in outcomes}
+
+
+def _images(sample: Sample) -> Iterator[object]:
     """The pictures of a sample, those in lists of pictures too."""
     for medium in sample.media:
-        sources = medium.source if isinstance(medium.source, list | tuple) else [medium.source]
-        if medium.kind == "image" or isinstance(medium.source, list | tuple):
-            yield from ((sample, source) for source in sources)
+        if isinstance(medium.source, list | tuple):
+            yield from medium.source
+        elif medium.kind == "image":
+            yield medium.source
 
 
-def _videos(sample: Sample) -> Iterator[tuple[Sample, Medium]]:
+def _videos(sample: Sample) -> Iterator[Medium]:
     for medium in sample.media:
         if medium.kind == "video" and not isinstance(medium.source, list | tuple):
-            yield sample, medium
+            yield medium
 
 
-def _open_images(jobs: Sequence[tuple[Sample, object]]) -> Iterator[tuple[Place, str]]:
-    """The faults of pictures, decoded in as few workers as possible: one that ends takes its picture with it."""
-    ready: list[tuple[Place, Source]] = []
-    for sample, value in jobs:
+def _find_faults(sample: Sample, outcomes: Mapping[object, Outcome]) -> Iterator[str]:
+    """What is wrong with the media of a sample, and with an answer that names times of one."""
+    for medium in (*_images(sample), *_videos(sample)):
+        outcome = outcomes[_key(medium)]
+        if isinstance(outcome, str):
+            yield outcome
+        elif outcome is not None and sample.task == "ground":
+            answer = "".join(part for part in sample.messages[-1].parts if isinstance(part, str))
+            end = max((end for _, end in parse_intervals(answer) or ()), default=0.0)
+            if end > outcome + _SLACK:
+                yield f"the answer names {end:g} s, and the video ends at {outcome:.1f} s"
+
+
+def _open_images(images: Mapping[object, object]) -> dict[object, Outcome]:
+    """Decodes pictures in as few workers as possible: a worker that ends takes its picture with it."""
+    outcomes: dict[object, Outcome] = {}
+    ready: list[tuple[object, Source]] = []
+    for key, value in images.items():
         try:
-            source = value if isinstance(value, Source) else fetch_source(value, max_bytes=MAX_IMAGE_BYTES)  # type: ignore[arg-type]
-            ready.append((sample.place, untrusted(source)))
+            source = value if isinstance(value, Source) else fetch_source(str(value), max_bytes=MAX_IMAGE_BYTES)
+            ready.append((key, untrusted(source)))
         except KeyeError as error:
-            yield sample.place, str(error)
+            outcomes[key] = str(error)
     while ready:
         with ImageReader([source for _, source in ready]) as reader:
-            for index, (place, _) in enumerate(ready):
+            for index, (key, _) in enumerate(ready):
                 try:
                     reader.picture(index)
+                    outcomes[key] = None
                 except MediaError as error:
-                    yield place, str(error)
-                    if reader.worker.process.poll() is not None:
-                        ready = ready[index + 1 :]
-                        break
-            else:
-                return
+                    outcomes[key] = str(error)
+                    break  # what is wrong with one picture ends the worker
+            ready = ready[index + 1 :]
+    return outcomes
 
 
-def _open_video(job: tuple[Sample, Medium]) -> str | None:
-    """Why a video cannot be used as its row says; None where it can."""
-    sample, medium = job
+def _open_video(medium: Medium) -> Outcome:
+    """Why a video cannot be used with its options, else its seconds."""
     try:
         options = media_options("video", medium.options)
         with VideoReader(untrusted(as_source(medium.source)), track=options.track) as reader:
             reader.plan(ProcessorConfig(), options)
-            duration = reader.info.duration
+            return reader.info.duration
     except KeyeError as error:
         return str(error)
-    if sample.task == "ground":
-        answer = "".join(part for part in sample.messages[-1].parts if isinstance(part, str))
-        ends = [end for _, end in parse_intervals(answer) or ()]
-        if ends and max(ends) > duration + _SLACK:
-            return f"the answer names {max(ends):g} s, and the video ends at {duration:.1f} s"
-    return None

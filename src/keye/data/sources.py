@@ -108,10 +108,6 @@ class OpenSet:
         order = self.order(derive_key(seed, "set", number), 0)
         return sorted(order[place] for place in range(self.count))
 
-    def opening(self) -> OpenSet:
-        """The same set, which may open media to understand a row."""
-        return OpenSet(self.dataset, self.rows, replace(self.context, opens=True))
-
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same when a run resumes."""

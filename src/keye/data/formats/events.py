@@ -43,10 +43,11 @@ class EventRows:
 
     def read(self, index: int) -> Row:
         number = self._row(index)
-        if self._last is None or self._last[0] != number:
+        last = self._last
+        if last is None or last[0] != number:
             row = self._rows.read(number)
-            self._last = (number, row, self._split(row.fields))
-        _, row, events = self._last
+            last = self._last = (number, row, self._split(row.fields))
+        _, row, events = last
         return row if events is None else replace(row, fields=events[index - int(self._starts[number])])
 
     def _row(self, index: int) -> int:
