@@ -17,6 +17,21 @@ if TYPE_CHECKING:
     from keye.train.recipes.family.config import FamilyConfig
 
 _SWITCH: dict[str, Any] = {"default": None}
+#: Samples that are laid out before each run.
+_STARTING_SAMPLES = 20
+
+
+class MediaRows(click.ParamType):
+    """A number of rows, or all of them."""
+
+    name = "rows"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value == "all":
+            return None
+        if not str(value).isdigit():
+            self.fail(f"{value!r} is not a number of rows, nor all.", param, ctx)
+        return int(value)
 
 
 class FinetuneCommand(click.Command):
@@ -69,7 +84,7 @@ how = options.combine(
     click.option("--gradient-accumulation", type=options.COUNT, metavar="N",
                  help="Passes whose gradients make a step.  [default: 1]"),
     click.option("--max-length", type=options.COUNT, metavar="N",
-                 help="Most tokens of a sample, and of a pack.  [default: 8192]"),
+                 help="Most tokens of a sample, and of a pack.  [default: 8192, or the context]"),
     click.option("--too-long", type=click.Choice(["error", "drop"]),
                  help="What happens to a longer sample; none is cut.  [default: error]"),
     click.option("--packing/--no-packing", **_SWITCH, help="Several samples share a pass.  [default: yes]"),
@@ -111,16 +126,18 @@ machine = options.combine(
 @click.option("--from", "foreign", type=options.PATH, metavar="FILE",
               help="Print such a file for one of ms-swift (.sh, .yaml) or LLaMA-Factory (.yaml).")  # fmt: skip
 @click.option("--print-config", is_flag=True, help="Print the run as a file of keye train.")
-@click.option("--check", is_flag=True, help="Check data, memory and adapter without training.")
+@click.option("--check", is_flag=True, help="Check data, samples, adapter, memory and time; exit with 1 for a fault.")
+@click.option("--check-media", type=MediaRows(), default=200, metavar="N|all",
+              help="Rows whose media --check opens.  [default: 200]")  # fmt: skip
 @options.as_json
 @options.debug
 def finetune(
-    words: tuple[str, ...], config: Path | None, foreign: Path | None, print_config: bool, check: bool, resume: bool,
-    as_json: bool, **arguments: Any,
-) -> None:  # fmt: skip
+    words: tuple[str, ...], config: Path | None, foreign: Path | None, print_config: bool,
+    check: bool, check_media: int | None, resume: bool, as_json: bool, **arguments: Any,
+) -> int:  # fmt: skip
     """Teach a model from your data: conversations about videos, images and text.
 
-    MODEL is a name (nano, 1.5, 2.0) or a folder; DATA are files or folders, whose format is found out. #2000 or #50%
+    MODEL is a name (nano, 1.5, 2.0) or a folder; DATA are files or folders, whose format is detected. #2000 or #50%
     behind one takes so much of it. The output is an adapter, for --adapter of every command and for keye merge.
     Flags go by the names of ms-swift, LLaMA-Factory and transformers too (--lora_rank, --freeze_vit true).
     An interrupted run goes on when the command is run again.
@@ -134,14 +151,18 @@ def finetune(
     """
     if foreign is not None:
         print_import(foreign)
-        return
-    run = plan_run(read_settings(words, config, arguments))
+        return 0
+    settings = read_settings(words, config, arguments)
+    run = plan_run(settings)
     if print_config:
         from keye.config.toml import to_toml
 
         print(to_toml(run), end="")
-        return
-    start(run, resume=resume, as_json=as_json)
+    elif check:
+        return 0 if print_check(run, check_media, as_json=as_json) else 1
+    else:
+        start(run, settings, resume=resume, as_json=as_json)
+    return 0
 
 
 def plan_run(settings: FinetuneSettings) -> FamilyConfig:
@@ -154,13 +175,47 @@ def plan_run(settings: FinetuneSettings) -> FamilyConfig:
     return make_run(settings, folder, load_model_config(folder))
 
 
-def start(run: FamilyConfig, *, resume: bool, as_json: bool) -> None:
-    """Trains, and says how the result is used."""
-    from keye.train.loop import train
-    from keye.train.recipes import find_recipe
+def print_check(run: FamilyConfig, media: int | None, *, as_json: bool) -> bool:
+    """Prints what a check finds; whether it finds nothing."""
+    from keye.commands.shared import inputs, show, show_finetune
+    from keye.train.finetune.check import check_run
 
-    folder = train(run, find_recipe(run.recipe), resume=resume)
-    print(folder)
+    with inputs.stderr().status("checking") as status:
+
+        def report(what: str, done: int, total: int, left: float | None) -> None:
+            words = "" if left is None else f", {show.time_left(left)}"
+            status.update(f"checking {what}: {done:,} of {total:,}{words}")
+
+        result = check_run(run, media=media, on_progress=report)
+    show.print_json(result.to_dict()) if as_json else show_finetune.print_check(result, run)
+    return result.is_clean
+
+
+def start(run: FamilyConfig, settings: FinetuneSettings, *, resume: bool, as_json: bool) -> None:
+    """Checks in short, trains, and says how the result is used."""
+    from keye.commands.shared import inputs, show, show_finetune
+    from keye.train.finetune.check import check_run
+    from keye.train.finetune.run import finetune as run_finetune
+
+    with inputs.stderr().status("checking"):
+        result = check_run(run, media=0, samples=_STARTING_SAMPLES)
+    if result.problems:
+        raise KeyeError("{}", result.problems[0])
+    show_finetune.print_start(result, run, inputs.stderr())
+    try:
+        with show_finetune.TrainingProgress() as progress:
+            outcome = run_finetune(
+                run, questions=settings.samples, resume=resume, on_phase=progress.show_phase,
+                on_report=show.print_json if as_json else progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        inputs.note(f"interrupted; run the command again to go on, the report so far is {run.output / 'report.html'}")
+        raise
+    if as_json:
+        show.print_json(outcome.to_dict())
+    else:
+        show_finetune.print_answers(outcome.answers)
+        show_finetune.print_usage(outcome, run, settings.model)
 
 
 def print_import(path: Path) -> None:

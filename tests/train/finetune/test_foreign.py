@@ -36,6 +36,7 @@ lora_rank: 8
 lora_target: all
 quantization_bit: 4
 dataset: clips,talks
+dataset_dir: sets
 max_samples: 1000
 cutoff_len: 4096
 template: keye_vl
@@ -69,7 +70,10 @@ def test_a_configuration_of_llama_factory(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text(FACTORY)
     imported = read_foreign(tmp_path / "sft.yaml")
     settings = dict(imported.settings)
-    assert imported.tool == "LLaMA-Factory" and settings["data"] == ["clips#1000", "talks#1000"]
+    assert imported.tool == "LLaMA-Factory" and settings["data"] == [
+        "sets/dataset_info.json:clips#1000",
+        "sets/dataset_info.json:talks#1000",
+    ]
     assert (settings["lora_alpha"], settings["target_modules"], settings["quant"]) == (16, ["all-linear"], "int4")
     assert (settings["max_length"], settings["max_pixels"], settings["batch_size"]) == (4096, 262144, 8)
     assert {name for name, _, _ in imported.skipped} == {"template", "bf16", "resume_from_checkpoint", "plot_loss"}

@@ -90,6 +90,13 @@ def test_learning_rates_rise_over_a_share_of_the_run() -> None:
     assert [stage.lr_factor(step, step / 100) for step in (0, 10, 20, 90)] == [0, 0.5, 1, 1]
 
 
+def test_a_pack_fits_the_context() -> None:
+    context = load_model_config(NANO).text.max_position_embeddings
+    assert a_run().stages[0].max_tokens == min(8192, context)
+    with pytest.raises(ConfigError, match=f"max_length is 999,999, and the model's context holds {context:,}"):
+        a_run(max_length=999_999)
+
+
 def test_a_step_has_as_many_packs_as_all_processes_compute() -> None:
     run = a_run(batch_size=2, gradient_accumulation=4, processes=2)
     assert run.stages[0].batch == 16

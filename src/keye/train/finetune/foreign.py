@@ -229,6 +229,8 @@ def _convert(tool: str, path: Path, fields: list[tuple[str, Any]]) -> Imported:
         else:
             skipped.append((name, value, _reason(own)))
     _finish(settings, skipped)
+    if tool == "LLaMA-Factory":
+        _name_sets(settings, skipped)
     for name, value in DEFAULTS[tool].items():
         settings.setdefault(name, value)
     if tool == "LLaMA-Factory":
@@ -282,6 +284,19 @@ def _kinds(name: str) -> set[Any]:
         waiting += inner
         kinds |= set() if inner else {kind}
     return kinds
+
+
+def _name_sets(settings: dict[str, Any], skipped: list[tuple[str, Any, str]]) -> None:
+    """Data sets by their names in a dataset_info.json, in the folder that the file names or in data."""
+    folder = "data"
+    for place, (name, value, _) in enumerate(skipped):
+        if name == "dataset_dir" and isinstance(value, str):
+            folder = value
+            del skipped[place]
+            break
+    for name in ("data", "val_data"):
+        if name in settings:
+            settings[name] = [f"{folder}/dataset_info.json:{entry}" for entry in settings[name]]
 
 
 def _finish(settings: dict[str, Any], skipped: list[tuple[str, Any, str]]) -> None:

@@ -20,7 +20,7 @@ from keye.data.samples import Sample, Skip
 from keye.errors import KeyeError, MediaError
 from keye.media.packet_times import PacketTimes, read_packet_times
 from keye.media.processor import MediaItem
-from keye.media.source.fetch import as_source, parse_list
+from keye.media.source.fetch import Source, as_source, parse_list
 from keye.releases import Release
 from keye.train.layout import LaidOut, Layout, LengthError
 from keye.train.tree import IGNORE, Path
@@ -97,6 +97,7 @@ class Measured:
 
     samples: int
     lengths: tuple[int, ...]
+    visual_total: int
     tokens: Spread | None
     learnt: Spread | None
     visual: Spread | None
@@ -106,6 +107,11 @@ class Measured:
     skipped: tuple[Skip, ...]
     texts: tuple[SampleText, ...]
     times: TimeCheck
+
+    @property
+    def visual_share(self) -> float:
+        """Visual tokens among all."""
+        return self.visual_total / max(1, sum(self.lengths))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -117,7 +123,7 @@ class Measured:
 
 def measure(
     samples: Iterable[Sample], layout: Layout, *, most: int = MOST_SAMPLES, seconds: float = MOST_SECONDS,
-    on_progress: Callable[[int], object] = lambda _: None,
+    on_progress: Callable[[int], object] | None = None,
 ) -> Measured:  # fmt: skip
     """Lays out samples, at most `most` of them and for about so many `seconds`."""
     begin = time.monotonic()
@@ -137,16 +143,26 @@ def measure(
             videos = [item for item in path.media if item.kind == "video"]
             frames += [float(item.frame_count) for item in videos]
             spacing += [b - a for item in videos for a, b in pairwise(item.timestamps)]
-        on_progress(count)
+        if on_progress is not None:
+            on_progress(count)
         if count >= most or time.monotonic() - begin > seconds:
             break
     lengths = tuple(sample.length for sample in laid)
-    texts = tuple(show_sample(sample, layout.builder.tokenizer) for sample in laid[:PRINTED])
+    texts = tuple(show_sample(sample, layout.builder.tokenizer) for sample in _choose_different(laid))
     return Measured(
-        count, lengths, Spread.of(lengths), Spread.of([sample.learnt for sample in laid]),
+        count, lengths, sum(sample.visual_tokens for sample in laid), Spread.of(lengths),
+        Spread.of([sample.learnt for sample in laid]),
         Spread.of([sample.visual_tokens for sample in laid]), Spread.of(frames), Spread.of(spacing), tuple(too_long),
         tuple(skipped), texts, times,
     )  # fmt: skip
+
+
+def _choose_different(laid: Sequence[LaidOut]) -> list[LaidOut]:
+    """A few samples, of different kinds of media as far as there are any."""
+    kinds = [frozenset(medium.kind for medium in sample.sample.media) for sample in laid]
+    first = [place for place, kind in enumerate(kinds) if kind not in kinds[:place]]
+    others = [place for place in range(len(laid)) if place not in first]
+    return [laid[place] for place in sorted((first + others)[:PRINTED])]
 
 
 def show_sample(laid_out: LaidOut, tokenizer: Tokenizer) -> SampleText:
@@ -174,12 +190,24 @@ def check_times(path: Path, sample: Sample, layout: Layout, check: TimeCheck) ->
         if times is None or not times.steady:
             check.without += 1
         else:
-            _compare(labels, item, times, release, f"{sample.place}: {medium.source}", check)
+            _compare(labels, item, times, release, f"{sample.place}: {name_medium(medium)}", check)
+
+
+def name_medium(medium: Medium) -> str:
+    """What a medium is called in sentences: its path, or what it is."""
+    source = medium.source
+    return (
+        source.name
+        if isinstance(source, Source)
+        else str(source)
+        if isinstance(source, str | FilePath)
+        else (f"{medium.kind} in memory")
+    )
 
 
 def _packet_times(medium: Medium) -> PacketTimes | None:
     """The times of a video file; None of frames in memory, lists of pictures and what is not a video container."""
-    if not isinstance(medium.source, str | FilePath) or parse_list(medium.source) is not None:
+    if not isinstance(medium.source, str | FilePath | Source) or parse_list(medium.source) is not None:
         return None
     try:
         return read_packet_times(as_source(medium.source), medium.options.get("track"))

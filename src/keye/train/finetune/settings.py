@@ -18,6 +18,8 @@ Rate = Annotated[float, Field(gt=0)]
 
 #: Learning rate where none is set, by method.
 LEARNING_RATES: Final = {"lora": 1e-4, "full": 1e-5}
+#: Most tokens of a sample and of a pack where none is set.
+MAX_LENGTH: Final = 8192
 #: Options of media that hold where a sample has none of its own.
 MEDIA: Final = tuple(MediaConfig.model_fields)
 #: Settings that name files and folders.
@@ -81,8 +83,8 @@ class FinetuneSettings(Settings):
     """Packs of a step (samples, with packing = false) in each process."""
     gradient_accumulation: Count = 1
     """Batches whose gradients make one step."""
-    max_length: Count = 8192
-    """Most tokens of a pack, and of a sample."""
+    max_length: Count | None = None
+    """Most tokens of a pack, and of a sample. Without: 8192, or the model's context where that is shorter."""
     too_long: Literal["error", "drop"] = "error"
     """What happens to a longer sample; none is ever cut."""
     packing: bool = True
@@ -165,7 +167,10 @@ def _resolve(file: Path, name: str, value: Any) -> Any:
 
 def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> FamilyConfig:
     """The training run: one stage of the family's recipe on the model in `folder`, whose configuration is `config`."""
-    is_sparse = config.text.sparse is not None
+    is_sparse, context = config.text.sparse is not None, config.text.max_position_embeddings
+    if settings.max_length is not None and settings.max_length > context:
+        raise ConfigError(f"max_length is {settings.max_length:,}, and the model's context holds {context:,}; lower it")
+    settings = settings.model_copy(update={"max_length": settings.max_length or min(MAX_LENGTH, context)})
     lora = None
     if settings.method == "lora":
         parts = _freezing(settings, is_sparse)
@@ -200,7 +205,7 @@ def _make_stage(settings: FinetuneSettings, is_sparse: bool) -> FamilyStage:
         indexer_kl=0.0 if settings.freeze_indexer else 1.0,
         data=_data_sets(settings, settings.data, settings.weights), val_data=_data_sets(settings, settings.val_data),
         media=MediaConfig(**{name: getattr(settings, name) for name in MEDIA}),
-        max_tokens=settings.max_length, too_long=settings.too_long, packing=settings.packing,
+        max_tokens=settings.max_length or MAX_LENGTH, too_long=settings.too_long, packing=settings.packing,
         batch=settings.batch_size * settings.gradient_accumulation * settings.processes,
         optimizer=settings.optimizer, lr=settings.rate, adam_lr=settings.rate, vision_lr=settings.vision_lr,
         projector_lr=settings.projector_lr, warmup_steps=settings.warmup_steps,

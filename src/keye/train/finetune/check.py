@@ -1,0 +1,184 @@
+"""What is known of a fine-tuning before anything is trained: the faults of its data, what samples become, which layers
+change, and what memory and time it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Final
+
+import torch
+
+from keye.cache.slabs import free_memory
+from keye.config import KeyeConfig, load_generation_config, load_model_config
+from keye.data.check import DataCheck, Progress, check_sets
+from keye.models.keye import KeyeModel
+from keye.sessions.search.questions import ground_question
+from keye.train.finetune.measure import MOST_SAMPLES, Measured, measure
+from keye.train.layout import Layout
+from keye.train.lora import GROUPS, LoraError, LoraParameters
+from keye.train.parts import choose_parameters, is_in_part
+from keye.train.plan import TrainPlan, measure_rate, plan_training
+from keye.train.recipes.family.batches import data_set, open_stream, prepare
+from keye.train.recipes.family.config import FamilyConfig
+from keye.units import format_bytes, plural
+
+#: Rows whose media are opened where not all are.
+MEDIA_ROWS: Final = 200
+
+
+@dataclass(frozen=True)
+class PartCount:
+    """How much of a part of the model is trained: `adapted` of its `layers`, with so many `numbers` that change."""
+
+    part: str
+    adapted: int
+    layers: int
+    numbers: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run takes: `memory` bytes by purpose, `free` bytes of the device, `packs` and `steps` in all, `seconds`
+    at the rate that this machine was measured at."""
+
+    memory: dict[str, int]
+    free: int | None
+    packs: int
+    steps: int
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result. `problems` would end or spoil a run, which is not begun then; `warnings` may be meant so."""
+
+    data: DataCheck
+    measured: Measured
+    parts: tuple[PartCount, ...]
+    cost: Cost | None
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing at all was found."""
+        return not self.problems and not self.data.bad_rows and not self.measured.skipped
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        faults = [str(fault) for fault in self.data.faults]
+        data = {"rows": self.data.rows, "media_checked": self.data.media_checked, "faults": faults,
+                "more_faults": self.data.more, "notes": dict(self.data.notes),
+                "formats": [list(entry) for entry in self.data.formats]}  # fmt: skip
+        cost = None if self.cost is None else {**asdict(self.cost), "total": self.cost.total}
+        return {
+            "data": data, **self.measured.to_dict(), "parts": [asdict(part) for part in self.parts], "cost": cost,
+            "problems": list(self.problems), "warnings": list(self.warnings),
+        }  # fmt: skip
+
+
+def check_run(
+    run: FamilyConfig, *, media: int | None = MEDIA_ROWS, samples: int = MOST_SAMPLES,
+    on_progress: Progress | None = None,
+) -> Check:  # fmt: skip
+    """Checks a run whose model's small files are here; no weights are read. `media` rows have their media opened (None:
+    all), `samples` are laid out."""
+    (stage,) = run.stages
+    config = load_model_config(run.model)
+    sets = [data_set(entry, run.output) for entry in (*stage.data, *stage.val_data)]
+    question = partial(ground_question, load_generation_config(run.model))
+    data = check_sets(sets, seed=run.seed, media=media, on_progress=on_progress, ground_question=question)
+    layout = Layout.of_folder(run.model, max_tokens=stage.max_tokens)
+    stream = open_stream(stage.data, run.output, seed=run.seed, epochs=1.0)
+    style = config.release.thinking
+    measured = measure(
+        (prepare(sample, stage.media, style) for sample in islice(stream, samples)), layout, most=samples,
+        on_progress=None if on_progress is None else
+        lambda done: on_progress("samples", done, min(samples, stream.epoch_samples), None),
+    )  # fmt: skip
+    problems, warnings = list[str](), list[str]()
+    parts = _count_parts(run, config, problems)
+    cost = None if problems or not measured.lengths else _predict(run, config, measured, stream.epoch_samples)
+    _judge(run, config, data, measured, cost, problems, warnings)
+    return Check(data, measured, parts, cost, tuple(problems), tuple(warnings))
+
+
+def _count_parts(run: FamilyConfig, config: KeyeConfig, problems: list[str]) -> tuple[PartCount, ...]:
+    """Parts of the model with what of them is trained; a part that was asked for and has nothing is a problem."""
+    (stage,) = run.stages
+    with torch.device("meta"):
+        model = KeyeModel(config)
+    if run.lora is None:
+        trained = choose_parameters(model, stage)
+        counts = []
+        for part in (*GROUPS, "embeddings", "norms"):
+            names = [name for name, _ in model.named_parameters() if is_in_part(name, part)]
+            own = [name for name in names if name in trained]
+            counts += [PartCount(part, len(own), len(names), sum(trained[n].numel() for n in own))] if names else []
+        return tuple(counts)
+    try:
+        lora = LoraParameters(model, run.lora)
+    except LoraError as error:
+        problems.append(str(error))
+        return ()
+    return tuple(PartCount(part, c.adapted, c.layers, c.numbers) for part, c in lora.counts.items())
+
+
+def _predict(run: FamilyConfig, config: KeyeConfig, measured: Measured, rows: int) -> Cost:
+    (stage,) = run.stages
+    mean = sum(measured.lengths) / len(measured.lengths)
+    assert measured.visual is not None and measured.tokens is not None
+    longest = stage.max_tokens if stage.packing else int(measured.tokens.most)
+    usable = rows * len(measured.lengths) / max(1, measured.samples) * (stage.epochs or 1.0)
+    packs = usable * mean / stage.max_tokens if stage.packing else usable
+    steps = math.ceil(packs / stage.batch)
+    if stage.steps is not None:
+        steps = min(steps, stage.steps) if stage.epochs is not None else stage.steps
+    tokens = round(min(longest, usable * mean)) if stage.packing else round(mean)
+    share = measured.visual_share
+    plan: TrainPlan = plan_training(config, run, stage, tokens=longest, visual_tokens=round(longest * share))
+    typical = plan_training(config, run, stage, tokens=max(1, tokens), visual_tokens=round(tokens * share))
+    count = max(1, round(min(packs, steps * stage.batch)))
+    rate = measure_rate(run.device, run.dtype)
+    return Cost(dict(plan.parts), free_memory(run.device), count, steps, typical.seconds(count, rate))
+
+
+def _judge(
+    run: FamilyConfig, config: KeyeConfig, data: DataCheck, measured: Measured, cost: Cost | None,
+    problems: list[str], warnings: list[str],
+) -> None:  # fmt: skip
+    (stage,) = run.stages
+    if measured.too_long and stage.too_long == "error":
+        problems.append(measured.too_long[0])
+    elif measured.too_long:
+        warnings.append(f"{plural(len(measured.too_long), 'sample')} of {measured.samples:,} have more than "
+                        f"{stage.max_tokens:,} tokens and will be left out")  # fmt: skip
+    if not measured.lengths and not problems:
+        first = data.faults[0] if data.faults else measured.skipped[0] if measured.skipped else "there is none"
+        problems.append(f"no sample can be learnt from; the first: {first}")
+    if (times := measured.times).different:
+        problems.append(f"{times.different:,} of {times.compared:,} times in prompts are not those of the files: "
+                        f"{times.faults[0]}")  # fmt: skip
+    if faults := data.bad_rows:
+        warnings.append(f"{plural(faults, 'row')} of {data.rows:,} will be left out; the first is {data.faults[0]}")
+    if measured.skipped:
+        warnings.append(f"{plural(len(measured.skipped), 'sample')} of {measured.samples:,} cannot be laid out and "
+                        f"will be left out; the first is {measured.skipped[0]}")  # fmt: skip
+    sparse = config.text.sparse
+    if sparse is not None and "indexer" in stage.frozen_parts:
+        longer = sum(length > sparse.topk for length in measured.lengths)
+        if longer:
+            warnings.append(f"{longer:,} of {len(measured.lengths):,} samples have more than the {sparse.topk:,} keys "
+                            "that sparse attention selects, while the indexer is frozen: it goes on to select what it "
+                            "was trained to; --no-freeze-indexer teaches it")  # fmt: skip
+    if cost is not None and cost.free is not None and cost.total > cost.free:
+        warnings.append(f"about {format_bytes(cost.total)} are needed and {format_bytes(cost.free)} are free on "
+                        f"{run.device}: lower --max-length, or give --quant int4")  # fmt: skip
