@@ -306,6 +306,26 @@ def test_an_event_without_times_never_happens(folder: Path) -> None:
     assert sample.messages[1].parts == ("[]",)
 
 
+def test_a_line_for_each_time_of_an_event_is_one_answer(folder: Path) -> None:
+    (folder / "a.csv").write_text("video,start,end,text\nv.mp4,8,9,A dog\nw.mkv,1,2,a dog\nv.mp4,0:01,2.5,a  dog\n")
+    samples = read(folder / "a.csv")
+    assert [(sample.place.line, sample.messages[1].parts[0]) for sample in samples] == [
+        (2, "[[1.0, 2.5], [8.0, 9.0]]"), (3, "[[1.0, 2.0]]")
+    ]  # fmt: skip
+    (folder / "b.csv").write_text("video,start,end,text\nv.mp4,8,9,a\nv.mp4,,,a\nv.mp4,1,2,b\n")
+    samples_of_b = stream(folder / "b.csv")
+    assert len(list(samples_of_b)) == 1
+    assert "never happens, and others when" in samples_of_b.skipped[0].reason
+
+
+def test_times_beyond_the_duration_that_a_row_tells(folder: Path) -> None:
+    row = {"vid": "v", "query": "x", "duration": 9.5}
+    rows = [{**row, "relevant_windows": [[8, 12]]}, {**row, "query": "y", "relevant_windows": [[10, 12]]}]
+    samples = stream(lines(folder / "a.jsonl", *rows))
+    assert [sample.messages[1].parts for sample in samples] == [("[[8.0, 9.5]]",)]
+    assert "begins at 10 s, and the video has 9.5 s" in samples.skipped[0].reason
+
+
 def test_models_word_the_question_themselves(folder: Path) -> None:
     (folder / "a.txt").write_text("v 1 2##a dog\n")
     (sample,) = open_samples([DataSet(folder / "a.txt")], seed=0, epochs=1, ground_question="When: {}!".format)

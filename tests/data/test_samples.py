@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keye.chat.messages import Medium
-from keye.data.samples import Sample
+from keye.data.files.rows import Row
+from keye.data.formats.context import Context
+from keye.data.formats.detect import convert
+from keye.data.samples import BadRow, Place, Sample
 from keye.data.sources import DataSet, open_samples
 from keye.errors import KeyeError
 
@@ -149,3 +154,43 @@ def test_nothing_but_bad_rows_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["{"] * 3)
     with pytest.raises(KeyeError, match="none of the 3 rows can be learnt from; the first is .*a.jsonl:"):
         list(open_samples([DataSet(path)], seed=0, epochs=None))
+
+
+ROWS: list[dict[str, Any]] = [
+    {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
+    {"messages": [
+        {"role": "user", "content": [{"type": "image", "image": "a.png", "min_pixels": 5}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": "a", "loss": True, "tool_calls": [{"name": "f", "arguments": {}}]},
+        {"role": "tool", "content": "2"}, {"role": "assistant", "content": "z"}],
+     "tools": [{"name": "f"}], "mode": "think", "task": "t", "weight": 1.5},
+    {"messages": [{"role": "user", "content": "<video>q"}, {"role": "assistant", "content": "a <bbox>"}],
+     "videos": [["a.png", "a.png"]], "timestamps": [0, 1], "rejected_response": "b",
+     "objects": {"ref": [], "bbox": [[0.1, 0.2, 0.3, 0.4]], "bbox_type": "norm1"}},
+    {"query": "q", "response": "r", "history": [["a", "b"]], "videos": ["a.png"], "video_start": 1, "video_end": 2},
+    {"prompt": "p", "chosen": [{"role": "assistant", "content": "g"}], "rejected": "b"},
+    {"video": "a.png", "start": 1, "end": "0:02", "text": "x"}, {"texts": ["a", None], "images": [None, "a.png"]},
+]  # fmt: skip
+ODD: list[Any] = [
+    None, -1, 1e400, float("nan"), 10**400, True, "", [], {}, [None], [[]], [{}], {"a": 1}, ["a", 1], "<image>", "[",
+    {"type": "image"}, {"role": "user"}, {"url": {"url": {}}}, ["a.png"] * 3, "http://x/y.png", "\ud83d", "1:2:3",
+]  # fmt: skip
+
+
+def list_places(value: Any) -> list[tuple[Any, ...]]:
+    """Every place in nested data but the outermost."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place for key, inner in items for place in ((key,), *((key, *rest) for rest in list_places(inner)))]
+
+
+def test_odd_values_anywhere_in_a_row_make_it_a_bad_row_at_most(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    draw, context = random.Random(0), Context(tmp_path)
+    for _ in range(3000):
+        row = json.loads(json.dumps(draw.choice(ROWS)))
+        *outer, last = draw.choice(list_places(row))
+        inner = row
+        for key in outer:
+            inner = inner[key]
+        inner[last] = draw.choice(ODD)
+        with contextlib.suppress(BadRow):
+            convert(Row(row, Place("a", 1)), context)

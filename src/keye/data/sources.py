@@ -17,7 +17,7 @@ from keye.data.files.rows import RowFile
 from keye.data.formats import grounding
 from keye.data.formats.context import Context, GroundQuestion, Notes, Paths, default_question
 from keye.data.formats.detect import check_columns, convert, explain_unknown, find_format, name_fields
-from keye.data.formats.events import EventRows
+from keye.data.formats.events import EventRows, JoinedRows
 from keye.data.formats.registry import find_registered, read_registry
 from keye.data.mixing import Mixer, Order, derive_key, quota
 from keye.data.samples import BadRow, Place, Sample, Skip
@@ -99,7 +99,13 @@ class OpenSet:
 
     def sample(self, index: int) -> Sample:
         """The sample of a row. Raises `BadRow` for one that cannot be learnt from."""
-        return convert(self.rows.read(index), self.context)
+        try:
+            return convert(self.rows.read(index), self.context)
+        except KeyeError:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
+            # Of a kind that no format foresees: one row must not end a run of hours.
+            raise BadRow(f"the row has values that mean nothing ({type(error).__name__}: {error})") from error
 
     def indices(self, seed: int, number: int) -> Sequence[int]:
         """The rows that a run with this seed uses, in which it is the set `number`."""
@@ -140,7 +146,7 @@ def open_set(dataset: DataSet, *, ground_question: GroundQuestion = default_ques
 
 def _find_rows(rows: RowFile, context: Context, where: Path) -> tuple[RowFile, Context]:
     """The rows as they are learnt: those of several events parted. The first rows decide in which way."""
-    present, is_known, charades, events = dict[str, None](), False, 0, 0
+    present, is_known, charades, events, moments = dict[str, None](), False, 0, 0, 0
     for index in range(min(_LOOKED_AT, len(rows))):
         try:
             raw = rows.read(index).fields
@@ -148,7 +154,9 @@ def _find_rows(rows: RowFile, context: Context, where: Path) -> tuple[RowFile, C
             fields = name_fields(raw, context)
             charades += tuple(fields) == ("text",) and bool(grounding.CHARADES.fullmatch(str(fields["text"]).strip()))
             events += grounding.events_of(fields) is not None
-            is_known = is_known or bool(events) or find_format(tuple(fields)) is not None
+            known = find_format(tuple(fields))
+            moments += known is not None and known.read is grounding.read_moment and "start" in fields
+            is_known = is_known or bool(events) or known is not None
         except BadRow:
             continue
     check_columns(context.columns, present, where)
@@ -159,6 +167,8 @@ def _find_rows(rows: RowFile, context: Context, where: Path) -> tuple[RowFile, C
     if events:
         rows = EventRows(rows, lambda fields: grounding.events_of(name_fields(fields, context)))
         context = replace(context, columns={}, prepare=None)
+    elif moments:
+        rows = JoinedRows(rows, lambda fields: grounding.event_key(name_fields(fields, context)))
     return rows, context
 
 

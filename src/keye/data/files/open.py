@@ -30,6 +30,8 @@ _KINDS: Final = ((".parquet",), (".tar",), (".jsonl", ".ndjson"), (".json",), ("
 _ASIDE: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
 _TRAIN: Final = re.compile(r"(?:^|[-_./])train(?:ing)?(?:[-_./]|$)", re.IGNORECASE)
 _HELD_OUT: Final = re.compile(r"(?:^|[-_./])(?:test|val|valid|validation|dev|eval)(?:[-_./]|$)", re.IGNORECASE)
+#: A set of a hub: its owner and its name.
+_HUB: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w-]*")
 MAX_FILES: Final = 100_000
 _HEAD: Final = 1 << 16
 _ARCHIVES: Final = (
@@ -47,6 +49,9 @@ _COLUMNS: Final = frozenset(
 def list_files(path: Path) -> list[Path]:
     """The files of rows that a path names: itself, or those in a folder in the order of their names. Where a folder has
     files of its training part and of others, only the first are taken."""
+    if not path.exists() and _HUB.fullmatch(str(path)):
+        raise KeyeError(f"{path} does not exist; a set of a hub is downloaded first (hf download --repo-type dataset "
+                        f"{path} --local-dir FOLDER) and named by its folder")  # fmt: skip
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.is_file() and not _is_aside(file, path))

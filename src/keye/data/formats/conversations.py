@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from keye.data.formats.context import Context
-from keye.data.formats.media import OPTIONS, MediaFields
+from keye.data.formats.media import OPTIONS, MediaFields, read_json
 from keye.data.formats.talk import Talk, Turn, read_turn
 from keye.data.samples import MODES, BadRow
 from keye.errors import brief
@@ -46,7 +46,7 @@ def read_instruction(fields: Mapping[str, Any], context: Context) -> Talk:
         raise BadRow(f"instruction and input are {brief(texts)}; give texts")
     question = Turn("user", "\n".join(text for text in texts if text))
     before = [*_history(fields.get("history")), question]
-    if "chosen" in fields:
+    if "chosen" in fields and "rejected" in fields:
         won, lost = (_reply(name, fields[name]) for name in ("chosen", "rejected"))
         return around(fields, [*before, won], [lost])
     return around(fields, [*before, Turn("assistant", fields["output"])])
@@ -68,6 +68,8 @@ def read_preference(fields: Mapping[str, Any], context: Context) -> Talk:
 
 def read_turns(name: str, entries: object) -> list[Turn]:
     """The turns of a list of messages under any names of their fields."""
+    if isinstance(entries, str) and entries.lstrip().startswith("["):  # tables may hold lists as their JSON text
+        entries = read_json(name, entries)
     if not isinstance(entries, list | tuple):
         raise BadRow(f"{name} is {brief(entries)}; give a list of messages")
     if not entries:

@@ -28,8 +28,7 @@ _MEANINGFUL: Final = {
     "image_max_pixels": "name it max_pixels", "image_min_pixels": "name it min_pixels",
     "start_time": "name it video_start", "end_time": "name it video_end", "start": "name it video_start",
     "end": "name it video_end", "video_max_token_num": "give max_pixels",
-    "margin": "margins of preferences are not learnt", "label": "labels of single replies (KTO) are not learnt",
-    "kto_tag": "labels of single replies (KTO) are not learnt", "channel": "give sets weights instead",
+    "margin": "margins of preferences are not learnt", "kto_tag": "labels of single replies (KTO) are not learnt",
     "loss_scale": "give messages a loss of true or false", "positive_messages": "embeddings are not trained",
     "negative_messages": "embeddings are not trained",
 }  # fmt: skip
@@ -124,6 +123,8 @@ def check_unknown(fields: Mapping[str, Any], known: Format, context: Context) ->
     if fault is not None:
         raise BadRow(fault)
     for name in harmless:
+        if name == "label" and isinstance(fields[name], bool):
+            raise BadRow("labels of single replies (KTO) are not learnt; drop them with label=ignore among the columns")
         if _is_medium(fields[name]):
             raise BadRow(f"the field {name} holds a medium that is not read; name it with columns, as {name}=image, or "
                          f"drop it with {name}=ignore")  # fmt: skip
@@ -146,7 +147,8 @@ def _judge_unknown(names: tuple[str, ...], known: Format) -> tuple[tuple[str, ..
         if name in expected or name in ("id", KEY):
             continue
         if name in _MEANINGFUL:
-            return (), f"the field {name} would change what is learnt and is not read: {_MEANINGFUL[name]}"
+            fault = f"the field {name} would change what is learnt and is not read: {_MEANINGFUL[name]}"
+            return (), f"{fault}, or drop it with {name}=ignore among the columns"
         near = None if name.endswith(_HARMLESS) else closest(name, expected)
         if near is not None:
             return (), f"the field {name} is not known; did you mean {near}? {name}=ignore among the columns drops it"

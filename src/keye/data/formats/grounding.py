@@ -51,6 +51,15 @@ def events_of(fields: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return None
 
 
+def event_key(fields: Mapping[str, Any]) -> object:
+    """Video and event of a row with a start and an end; None for one that lacks them."""
+    video, event = (next((fields[name] for name in names if name in fields), None) for names in (VIDEOS, EVENTS))
+    if not isinstance(video, str) or not isinstance(event, str):
+        return None
+    others = sorted((name, repr(fields[name])) for name in fields.keys() & OPTIONS)
+    return video, " ".join(event.lower().split()), tuple(others)
+
+
 def _checked(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if len(events) > MAX_EVENTS:
         raise BadRow(f"the row has {len(events):,} events, more than {MAX_EVENTS:,}")
@@ -69,7 +78,7 @@ def read_moment(fields: Mapping[str, Any], context: Context) -> Talk:
         raise BadRow(str(error)) from None
     options = {name: fields[name] for name in fields.keys() & OPTIONS - {"timestamps"}}
     media = MediaFields((), (_video(fields, context),), options)
-    answer = write_intervals(read_spans(fields))
+    answer = write_intervals(_within(read_spans(fields), fields))
     return Talk([Turn("user", [{"type": "video"}, question]), Turn("assistant", answer)], media, task="ground")
 
 
@@ -98,6 +107,16 @@ def read_spans(fields: Mapping[str, Any]) -> list[tuple[float, float]]:
     if not isinstance(spans, list) or len(spans) > MAX_EVENTS:
         raise BadRow(f"the times are {brief(spans)}; give [start, end] or a list of them")
     return merge_intervals(_span(span) for span in spans)
+
+
+def _within(spans: list[tuple[float, float]], fields: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The intervals, ended where the video does, if the row says when."""
+    duration: Any = next((fields[name] for name in ("duration", "video_duration_s") if name in fields), None)
+    if not is_number(duration) or duration <= 0:
+        return spans
+    if spans and spans[-1][0] >= duration:
+        raise BadRow(f"an interval begins at {spans[-1][0]:g} s, and the video has {duration:g} s")
+    return [(start, min(end, float(duration))) for start, end in spans]
 
 
 def _span(span: object) -> tuple[float, float]:

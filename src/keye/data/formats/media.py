@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -74,7 +75,9 @@ class MediaFields:
                 if not (kind == "image" and self.videos):
                     raise BadRow(f"{name} is an option of videos, and the row has images alone")
                 continue
-            per_medium = name == "timestamps" and bool(value) and isinstance(value[0], list | tuple)
+            if name == "timestamps" and not isinstance(value, list | tuple):
+                raise BadRow(f"timestamps is {brief(value)}; give a list of seconds")
+            per_medium = name == "timestamps" and any(isinstance(times, list | tuple) for times in value)
             if isinstance(value, list | tuple) and (per_medium or name != "timestamps"):
                 if len(value) != count:
                     raise BadRow(f"{name} has {len(value)} entries and the row {count} {kind}s; give one for each")
@@ -91,10 +94,21 @@ def _listed(kind: str, fields: Mapping[str, Any]) -> Sequence[Any]:
         return ()
     if len(values) == 2:
         raise BadRow(f"the row has both {kind} and {kind}s; give one of them")
-    entries = values[0] if isinstance(values[0], list | tuple) else [values[0]]
+    value = values[0]
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        value = read_json(kind, value)  # tables may hold lists as their JSON text
+    entries = value if isinstance(value, list | tuple) else [value]
     if len(entries) > MAX_MEDIA:
         raise BadRow(f"the row has {len(entries):,} {kind}s, more than {MAX_MEDIA:,}")
     return entries
+
+
+def read_json(name: str, text: str) -> Any:
+    """The value of a field that is JSON text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadRow(f"{name} is not valid JSON: {brief(text)}") from None
 
 
 def make_medium(kind: MediumKind, entry: Any, options: Mapping[str, Any], row: Row, context: Context) -> Medium:
@@ -139,8 +153,9 @@ def _frames(entry: Sequence[Any], options: Mapping[str, Any], row: Row, context:
     if not entry or len(entry) > MAX_FRAMES:
         raise BadRow(f"the list of pictures has {len(entry):,} entries; a video has 1 to {MAX_FRAMES:,}")
     times = options.get("timestamps")
-    if times is not None and len(times) != len(entry):
-        raise BadRow(f"{len(entry)} pictures have {len(times)} timestamps; give one for each")
+    if times is not None and (not isinstance(times, list | tuple) or len(times) != len(entry)):
+        count = len(times) if isinstance(times, list | tuple) else brief(times)
+        raise BadRow(f"{len(entry)} pictures have {count} timestamps; give one for each")
     if times is None and "fps" not in options:
         context.notes.add("lists of pictures have neither fps nor timestamps: the model is not shown their times")
     return [find_source("image", picture, row, context) for picture in entry]
@@ -182,7 +197,7 @@ def check_options(kind: MediumKind, options: Mapping[str, Any]) -> dict[str, Any
         if timestamps is not None:
             media_options(kind, {"timestamps": timestamps})
             options = {**plain, "timestamps": tuple(map(float, timestamps))}
-        _check_plain(kind, tuple(sorted(plain.items())))
+        _check_plain(kind, tuple((name, type(value), value) for name, value in sorted(plain.items())))
     except KeyeError as error:
         raise BadRow(str(error)) from None
     except TypeError:
@@ -191,9 +206,9 @@ def check_options(kind: MediumKind, options: Mapping[str, Any]) -> dict[str, Any
 
 
 @lru_cache(maxsize=4096)
-def _check_plain(kind: MediumKind, items: tuple[tuple[str, Any], ...]) -> None:
-    options = dict(items)
-    for name, value in items:
+def _check_plain(kind: MediumKind, items: tuple[tuple[str, type, Any], ...]) -> None:
+    options = {name: value for name, _, value in items}  # the type is part of what is remembered: 1 and True are equal
+    for name, value in options.items():
         if name not in ("adaptive_budget", "deinterlace", "tone_map", "strict_media") and not is_number(value):
             raise KeyeError(f"{name} is {brief(value)}; give a number")
     media_options(kind, options)
@@ -249,7 +264,8 @@ def _match_tags(
     first: list[MediumKind] = []
     if counts["tag", "audio"]:
         raise BadRow("the text has an <audio> tag, and Keye does not hear")
-    if not fields.images and counts["tag", "image"] == len(fields.videos) > 0 == counts["tag", "video"]:
+    marked = counts["tag", "video"] + counts["slot", "video"]
+    if not fields.images and counts["tag", "image"] == len(fields.videos) > 0 == marked:
         context.notes.add("<image> tags stand for videos, where a row has videos alone")
         tags[False]["image"] = "video"
         return tags, first

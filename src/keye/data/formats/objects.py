@@ -71,7 +71,7 @@ class _Sizes:
 
     def __init__(self, values: Mapping[str, Any], media: MediaFields, row: Row, context: Context) -> None:
         kind = values.get("bbox_type", "real")
-        if kind not in _UNITS:
+        if not isinstance(kind, str) or kind not in _UNITS:
             raise BadRow(f"objects.bbox_type is {brief(kind)}; use one of {', '.join(_UNITS)}")
         self._unit = _UNITS[kind]
         self._values, self._media, self._row, self._context = values, media, row, context

@@ -34,8 +34,10 @@ def read_interleaved(fields: Mapping[str, Any], context: Context) -> Talk:
         raise BadRow(f"texts is {brief(texts)}; give a list of at most {MAX_MEDIA:,}")
     if isinstance(texts[0], Mapping):
         return around({name: value for name, value in fields.items() if name != "texts"}, read_turns("texts", texts))
-    if len(texts) != len(images):
-        raise BadRow(f"texts has {len(texts)} entries and images {len(images)}; give at each place a text or an image")
+    if not isinstance(images, list) or len(texts) != len(images):
+        raise BadRow(
+            f"texts has {len(texts)} entries and images {brief(images)}; give at each place a text or an image"
+        )
     parts: list[Any] = []
     for text, image in zip(texts, images, strict=True):
         if (text is None) == (image is None):

@@ -5,7 +5,6 @@ Every format of conversations leads to a `Talk`; what is checked here is checked
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -14,7 +13,7 @@ from keye.chat.messages import Medium, Message, ToolCall, normalize, normalize_t
 from keye.chat.replies import read_call
 from keye.data.files.rows import Row
 from keye.data.formats.context import Context
-from keye.data.formats.media import KINDS, MediaFields, Parts, Slot, make_medium, place_media
+from keye.data.formats.media import KINDS, MediaFields, Parts, Slot, make_medium, place_media, read_json
 from keye.data.formats.objects import render_objects
 from keye.data.samples import BadRow, Sample
 from keye.errors import KeyeError, brief, is_number
@@ -139,6 +138,8 @@ def _message(index: int, turn: Turn, parts: Parts) -> Message:
             (message,) = normalize([{"role": turn.role, "content": "", "tool_calls": turn.calls}])
         except KeyeError as error:
             raise BadRow(f"message {index + 1}{str(error).removeprefix('messages[0]')}") from None
+        if broken := next((call for call in message.tool_calls if call.written is not None), None):
+            raise BadRow(f"message {index + 1} calls {broken.name} with arguments that are not a JSON object")
         return Message(turn.role, parts, message.tool_calls)
     calls = turn.content if isinstance(turn.content, list) else [turn.content]
     read = [_read_call(call) for call in calls]
@@ -150,7 +151,10 @@ def _message(index: int, turn: Turn, parts: Parts) -> Message:
 
 def _read_call(call: object) -> ToolCall | None:
     if isinstance(call, Mapping):
-        call = to_json(call)
+        try:
+            call = to_json(call)
+        except (TypeError, ValueError, RecursionError):
+            return None
     if isinstance(call, str) and call.lstrip().startswith("["):
         return None
     return read_call(call) if isinstance(call, str) else None
@@ -200,10 +204,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
     if not tools:
         return ()
     if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise BadRow(f"tools is not JSON: {brief(tools)}") from None
+        tools = read_json("tools", tools)
     try:
         return normalize_tools([tools] if isinstance(tools, Mapping) else tools)
     except KeyeError as error:
