@@ -159,7 +159,7 @@ def test_nothing_but_bad_rows_is_an_error(tmp_path: Path) -> None:
 ROWS: list[dict[str, Any]] = [
     {"image": "a.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]},
     {"messages": [
-        {"role": "user", "content": [{"type": "image", "image": "a.png", "min_pixels": 5}, {"type": "text", "text": ""}]},
+        {"role": "user", "content": [{"type": "image", "image": "a.png", "min_pixels": 5}, "x"]},
         {"role": "assistant", "content": "a", "loss": True, "tool_calls": [{"name": "f", "arguments": {}}]},
         {"role": "tool", "content": "2"}, {"role": "assistant", "content": "z"}],
      "tools": [{"name": "f"}], "mode": "think", "task": "t", "weight": 1.5},
