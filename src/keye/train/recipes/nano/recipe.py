@@ -89,9 +89,9 @@ class LanguageObjective:
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{batch.frames.shape[1]}"
         if self.stage.attention == "warmup":
-            total = self.stage.indexer_kl * step.kl() / step.groups
-            self.figures.add("kl" + frames_key, float(total.detach()))
-            return total
+            kl = step.kl()
+            self.figures.add("kl" + frames_key, float(kl.detach()))
+            return self.stage.indexer_kl * kl
         total = self._next_token(model, batch, hidden[:, trunk:], frames_key)
         if step.routers:
             balance = step.balance()
@@ -99,7 +99,7 @@ class LanguageObjective:
             total = total + self.stage.balance * balance
         total = total + self.heads.loss(model, batch, step)
         if self.stage.attention == "sparse":
-            kl = step.kl() / step.groups
+            kl = step.kl()
             self.figures.add("kl" + frames_key, float(kl.detach()))
             total = total + self.stage.indexer_kl * kl
         return total
