@@ -27,7 +27,7 @@ struct TrainBlock {
     }
 
     // Calls use(i, from, count, set) for parts of at most BATCH_KEYS entries of each query's set, `set` being the first of
-    // them. Every entry is handed over once and in order; queries that share keys visit them at about the same time.
+    // them and `from` even. Every entry is handed over once and in order; queries that share keys visit them at about the same time.
     template <class Use> void visit(const KeyeTrain &call, Use use) const {
         int cursor[TRAIN_BLOCK] = {};
         int64_t least = INT64_MAX;
@@ -43,6 +43,7 @@ struct TrainBlock {
                 if (from == sizes[i]) continue;
                 int to = from;
                 while (to < sizes[i] && set[to] < stop) to++;
+                if (to < sizes[i]) to -= (to - from) % 2;  // sums of pairs are those of inference, to the last bit
                 for (; from < to; from += std::min(BATCH_KEYS, to - from))
                     use(i, from, std::min(BATCH_KEYS, to - from), set + from);
                 left -= from == sizes[i];
