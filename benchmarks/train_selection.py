@@ -166,7 +166,8 @@ def main() -> None:
             break
     both = torch.cat(differences)
     result = {
-        "frames": arguments.frames, "deterministic": arguments.deterministic, "rows": total, "rows_equal": equal / total,
+        "frames": arguments.frames, "deterministic": arguments.deterministic,
+        "rows": total, "rows_equal": equal / total,
         "tokens": len(both), "logprob_mean": round(float(both.mean()), 5),
         "logprob_p99": round(float(both.quantile(0.99)), 5), "logprob_max": round(float(both.max()), 5),
     }  # fmt: skip
