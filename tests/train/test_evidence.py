@@ -189,7 +189,7 @@ def test_names_point_at_the_cells_of_their_object_and_know_its_size():
             (thing,) = [thing for thing in clip.scene.objects if thing.name == name]
             assert shown_frames(batch, pointer) == [f for f in range(clip.frames) if thing.visible(f)]
             assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) == name
-            assert {0.0: "small", 1.0: "big"}[finding.values[0]] == question.answer
+            assert {-1.0: "small", 1.0: "big"}[finding.values[0]] == question.answer
             checked += 1
     assert checked > 10
 
@@ -224,11 +224,10 @@ def test_names_that_are_counted_point_at_the_last_appearance():
         for pointer, finding, question in zip(pointers, findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
             assert pointer.frame == thing.intervals[-1][0]
-            assert finding.values == (float(question.answer == "2"),)
-            again = batch.events.again[0, :, list(COLORS).index(thing.color), SHAPES.index(thing.shape)]
-            assert again.any() == (question.answer == "2")
-            if again.any():
-                assert int(again.argmax()) == pointer.frame
+            assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) == thing.name
+            assert finding.values == ((1.0 if question.answer == "2" else -1.0),)
+            sighted = batch.sightings.places[:, 1] == pointer.spans[0][0]
+            assert (batch.sightings.values[sighted, 3] == finding.values).all()
             answers.add(question.answer)
     assert answers == {"1", "2"}
 
@@ -238,9 +237,9 @@ def test_sightings_are_the_centres_of_the_visible_objects():
     places, values = batch.sightings.places, batch.sightings.values
     assert len(places) == sum(len(clip.scene.visible_objects(frame)) for frame in range(clip.frames))
     labels = [dense_labels(clip, frame) for frame in range(clip.frames)]
-    for (row, place), (x, y, big) in zip(places, values, strict=True):
+    for (row, place), (x, y, big, _) in zip(places, values, strict=True):
         assert row == 0
         frame = next(f for f in range(clip.frames) if 0 <= place - batch.layout.visual(f) < batch.layout.cells)
         cell_row, cell_column = divmod(int(place) - batch.layout.visual(frame), batch.layout.columns)
-        assert labels[frame].size[cell_row, cell_column] in (0, 1 + big)
+        assert labels[frame].size[cell_row, cell_column] in (0, 1 + (big > 0))
         assert (cell_column, cell_row) == (int((x + 1) / 2 * 4), int((y + 1) / 2 * 4))

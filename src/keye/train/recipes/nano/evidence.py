@@ -28,7 +28,7 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: the token that predicts a letter, at the cell that shows it. `seen`: the name of an object, at the cells of its
 #: centre while it is visible. `place`: the last token of name and time in a question about a place, at the cell of that
 #: frame. `from`, `to`: the name in a question about a direction, at the cell of the first and of the last frame.
-#: `again`: the name in a question about how often, at the frame where the object comes last.
+#: `again`: the name in a question about how often, at the cell of the object where it appears last.
 PointerKind = Literal["time", "first", "last", "start", "end", "letter", "seen", "place", "from", "to", "again"]
 FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
@@ -67,7 +67,7 @@ class Comparison:
 class Finding:
     """Token `place` of the tail of sequence `row` knows `values` of the object that its question is about: place, x and
     y from the middle of the frame, -1 to 1 at its edges; direction, how far it moves in x and y, in the same unit;
-    size, 1 for big; times, 1 for twice."""
+    size, 1 for big and -1 for small; times, 1 for twice and -1 for once."""
 
     kind: FindingKind
     row: int
@@ -78,7 +78,8 @@ class Finding:
 @dataclass(frozen=True)
 class Sightings(Generic[Array]):
     """Visible objects of a batch and the visual tokens whose cells their centres lie in: `places` int64 [n, 2]
-    (sequence, token), `values` float32 [n, 3] (x, y as in `Finding`, 1 for big)."""
+    (sequence, token), `values` float32 [n, 4] (x and y, size and times as in `Finding`, the last of its appearances up
+    to then)."""
 
     places: Array
     values: Array
@@ -91,8 +92,13 @@ def sightings_of(clips: Sequence[Clip], layout: TrunkLayout) -> Sightings[NDArra
         for frame in range(clip.frames):
             for thing in clip.scene.visible_objects(frame):
                 places.append((row, layout.cell(clip, thing, frame)[0]))
-                values.append((*_from_middle(clip, thing.position(frame)), float(thing.size == "big")))
-    return Sightings(np.array(places, np.int64).reshape(-1, 2), np.array(values, np.float32).reshape(-1, 3))
+                again = frame > thing.intervals[0][1]
+                values.append((*_from_middle(clip, thing.position(frame)), _sign(thing.size == "big"), _sign(again)))
+    return Sightings(np.array(places, np.int64).reshape(-1, 2), np.array(values, np.float32).reshape(-1, 4))
+
+
+def _sign(answer: bool) -> float:
+    return 1.0 if answer else -1.0
 
 
 def _from_middle(clip: Clip, position: tuple[float, float]) -> tuple[float, float]:
@@ -106,11 +112,10 @@ class Events(Generic[Array]):
     """What each frame of B clips shows: `pairs` bool [B, F, 3, 8, 5] (seen, appeared, vanished; colour; shape), `text`
     bool [B, F, 3] the same of rendered text, `background` int64 [B, F] (`UNNAMED` for textures), `cut` bool [B, F],
     whether the background changes. Everything in the first frame appeared. `so_far` bool [B, F, 8, 5]: the objects seen
-    up to each frame, by their first colour; `again` those that have appeared twice."""
+    up to each frame, by their first colour."""
 
     pairs: Array
     so_far: Array
-    again: Array
     text: Array
     background: Array
     cut: Array
@@ -120,16 +125,13 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
     """The events of clips of equally many frames."""
     frames = clips[0].frames
     seen = np.zeros((len(clips), frames, len(COLORS), len(SHAPES)), bool)
-    so_far, again = np.zeros_like(seen), np.zeros_like(seen)
+    so_far = np.zeros_like(seen)
     text = np.zeros((len(clips), frames), bool)
     background = np.zeros((len(clips), frames), np.int64)
     cut = np.zeros((len(clips), frames), bool)
     for row, clip in enumerate(clips):
         for thing in clip.scene.objects:
-            pair = COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]
-            so_far[row, thing.first :, *pair] = True
-            if len(thing.intervals) > 1:
-                again[row, thing.intervals[1][0] :, *pair] = True
+            so_far[row, thing.first :, COLOR_RANK[thing.color], SHAPE_RANK[thing.shape]] = True
         for frame in range(frames):
             for thing in clip.scene.visible_objects(frame):
                 seen[row, frame, COLOR_RANK[thing.color_at(frame)], SHAPE_RANK[thing.shape]] = True
@@ -137,7 +139,7 @@ def events_of(clips: Sequence[Clip]) -> Events[NDArray]:
             background[row, frame] = BACKGROUND_IDS.get(clip.scene.background_at(frame).color, UNNAMED)
         for start in clip.scene.backgrounds[1:]:
             cut[row, start.frame] = True
-    return Events(_with_changes(seen), so_far, again, _with_changes(text), background, cut)
+    return Events(_with_changes(seen), so_far, _with_changes(text), background, cut)
 
 
 def _with_changes(seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -214,7 +216,7 @@ class PointerMaker:
                 yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
             if question.task == "times":
                 begin = thing.intervals[-1][0]
-                yield Pointer("again", row, place, begin, (layout.span(begin),))
+                yield Pointer("again", row, place, begin, (layout.cell(clip, thing, begin),))
 
     def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
         """The comparison that a question about order asks for, None for any other question."""
@@ -234,9 +236,9 @@ class PointerMaker:
         token of name and time the place, where a direction or how often something appears is asked for the name."""
         for index, thing in self._names(clip, head):
             place = start + index
-            yield Finding("size", row, place, (float(thing.size == "big"),))
+            yield Finding("size", row, place, (_sign(thing.size == "big"),))
             if question.task == "times":
-                yield Finding("times", row, place, (float(len(thing.intervals) > 1),))
+                yield Finding("times", row, place, (_sign(len(thing.intervals) > 1),))
             if question.task == "direction":
                 (x, y), (to_x, to_y) = (_from_middle(clip, thing.position(f)) for f in (thing.first, thing.last))
                 yield Finding("direction", row, place, (to_x - x, to_y - y))

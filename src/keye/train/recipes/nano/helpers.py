@@ -11,6 +11,7 @@ Legend: B clips, F frames, d model width, n pointers of a kind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, Fi
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
-    "seen": (0.5, 1), "place": (0.5, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
+    "seen": (0.5, 1), "place": (0.4, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -40,12 +41,12 @@ RARE = 3.0
 #: Frame numbers are learnt in units of this many frames; their squared errors count as much as this many pairs.
 FRAME_UNIT, FRAME_WEIGHT = 16.0, 10.0
 COMPARE_WEIGHT = 4.0
-#: Columns of the head that reads findings.
-FINDINGS: dict[FindingKind, slice] = {
-    "place": slice(0, 2), "direction": slice(2, 4), "size": slice(4, 5), "times": slice(5, 6),
+#: Which directions of hidden states hold which findings and whether the background changes.
+DIRECTIONS: dict[FindingKind | Literal["cut"], slice] = {
+    "place": slice(0, 2), "size": slice(2, 3), "times": slice(3, 4), "direction": slice(4, 6), "cut": slice(6, 7),
 }  # fmt: skip
-#: Findings that are yes or no; the others are numbers, whose squared errors count more.
-YES_NO_FINDINGS, NUMBER_WEIGHT = ("size", "times"), 4.0
+#: How far a finding of 1 moves a hidden state whose root mean square is 1.
+REACH = 2.0
 
 Record = Callable[[str, float, float], None]
 
@@ -66,25 +67,11 @@ class PairHead(nn.Module):
         return color @ shape.mT / RANK**0.5 + self.bias
 
 
-class Gauge(nn.Linear):
-    """Reads numbers from hidden states [n, d] -> [n, count]. Its steps are long, since what it reads lies in directions
-    in which hidden states vary little."""
-
-    gain = 20.0
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__(width, count)
-        with torch.no_grad():
-            self.weight.div_(self.gain)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.rms_norm(x.float(), x.shape[-1:])) * self.gain
-
-
 class Helpers(nn.Module):
     """Heads and losses of one language stage; `record(name, sum, count)` takes figures for the log."""
 
     _trained: Tensor
+    _directions: Tensor
 
     def __init__(self, config: NanoTable, model: KeyeModel, record: Record) -> None:
         super().__init__()
@@ -100,8 +87,10 @@ class Helpers(nn.Module):
             self.so_far = PairHead(width, 1)
             self.number, self.edges, self.later = nn.Linear(width, 1), nn.Linear(width, 2), nn.Linear(width, 1)
         if config.tracking:
-            self.again, self.cut = PairHead(width, 1), Gauge(width, 1)
-            self.findings, self.sightings = Gauge(width, 6), Gauge(width, 6)
+            # Drawn once for all stages and not learnt: what is known must be written where the next layers can read it,
+            # which a head that learns to read small signals would not ask for.
+            drawn = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+            self.register_buffer("_directions", F.normalize(drawn, dim=1) / REACH, persistent=False)
         self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
     def _layer(self, depth: float) -> int:
@@ -242,43 +231,35 @@ class Helpers(nn.Module):
         return COMPARE_WEIGHT * F.binary_cross_entropy_with_logits(logits, later.float())
 
     def _track(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
-        """What the token after each frame knows of cuts and of objects that come back, questions of their object."""
+        """What the token after each frame knows of cuts, visual tokens and questions of their object."""
         after = [batch.layout.after(frame) for frame in range(batch.layout.frames)]
-        again = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
-        loss = self.pair_loss(self.again(again), batch.events.again.flatten(0, 1).unsqueeze(1), "seen again")
-        x = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1)
-        cut, target = self.cut(x).squeeze(-1), batch.events.cut.flatten()
-        self.record("cut", float((cut > 0)[target].sum()), float(target.sum()))
-        rare = torch.tensor(RARE, device=cut.device)
-        loss = loss + 2 * F.binary_cross_entropy_with_logits(cut, target.float(), pos_weight=rare)
+        x, cut = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1), batch.events.cut.flatten()
+        loss = self._read("cut", x, torch.where(cut, 1.0, -1.0).unsqueeze(1))
         rows, places = batch.sightings.places.unbind(1)
-        values = batch.sightings.values
-        for number, depth in enumerate((CHANGE_DEPTH, LOOKUP_DEPTH)):
-            sighted = self.sightings(self._hidden(step, depth, batch)[rows, places])[:, 3 * number : 3 * number + 3]
-            error = (sighted[:, :2] - values[:, :2]).pow(2).mean()
-            self.record(f"error of sightings {number + 1}", float(error.detach().sqrt()), 1.0)
-            size = ((sighted[:, 2] > 0) == (values[:, 2] > 0.5)).float().mean()
-            self.record(f"sees size {number + 1}", float(size), 1.0)
-            loss = loss + NUMBER_WEIGHT * error + F.binary_cross_entropy_with_logits(sighted[:, 2], values[:, 2])
-        return loss + self._read_findings(batch, step)
-
-    def _read_findings(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
-        """What the questions know of their objects."""
-        late = self._hidden(step, COMPARE_DEPTH, batch)
-        loss = torch.zeros((), device=late.device)
-        for kind, columns in FINDINGS.items():
+        for depth in (SEEN_DEPTH, LOOKUP_DEPTH) if len(rows) else ():
+            x, values = self._hidden(step, depth, batch)[rows, places], batch.sightings.values
+            loss = (
+                loss + self._read("place", x, values[:, :2], "seen ") + self._read("size", x, values[:, 2:3], "seen ")
+            )
+            if depth == LOOKUP_DEPTH:
+                loss = loss + self._read("times", x, values[:, 3:], "seen ")
+        kinds: tuple[FindingKind, ...] = ("place", "direction", "size", "times")
+        for kind in kinds:
             if named := [finding for finding in batch.findings if finding.kind == kind]:
-                x = late[_rows_and_places(named, batch.layout.length, late.device)]
-                out = self.findings(x)[:, columns]
-                values = torch.tensor([finding.values for finding in named], device=out.device)
-                if kind in YES_NO_FINDINGS:
-                    self.record(f"finds {kind}", float(((out > 0) == (values > 0.5)).sum()), len(named))
-                    loss = loss + F.binary_cross_entropy_with_logits(out, values)
-                else:
-                    error = (out - values).pow(2).mean()
-                    self.record(f"error of {kind}", float(error.detach().sqrt()), 1.0)
-                    loss = loss + NUMBER_WEIGHT * error
+                x = self._hidden(step, COMPARE_DEPTH, batch)[_rows_and_places(named, batch.layout.length, x.device)]
+                loss = loss + self._read(kind, x, torch.tensor([finding.values for finding in named], device=x.device))
         return loss
+
+    def _read(self, kind: FindingKind | Literal["cut"], x: Tensor, values: Tensor, prefix: str = "") -> Tensor:
+        """The squared error of `values` [n, k] in the directions of hidden states `x` [n, d] that hold them; positive
+        and negative ones count alike."""
+        out = F.rms_norm(x.float(), x.shape[-1:]) @ self._directions[DIRECTIONS[kind]].T
+        positive = values > 0
+        share = positive.float().mean(0).clamp(0.02, 0.98)
+        weight = torch.where(positive, 0.5 / share, 0.5 / (1 - share))
+        right = ((out > 0) == positive).float() * weight
+        self.record(f"{prefix}{kind}", float(right.mean()), 1.0)
+        return (weight * (out - values).pow(2)).mean()
 
     def pair_loss(self, logits: Tensor, target: Tensor, name: str) -> Tensor:
         """Binary cross-entropy, summed over kinds and trained pairs, averaged over rows; the log gets the share of rows
