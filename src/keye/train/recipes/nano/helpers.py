@@ -46,7 +46,7 @@ DIRECTIONS: dict[FindingKind | Literal["cut"], slice] = {
     "place": slice(0, 2), "size": slice(2, 3), "times": slice(3, 4), "direction": slice(4, 6), "cut": slice(6, 7),
 }  # fmt: skip
 #: How far a finding of 1 moves a hidden state whose root mean square is 1.
-REACH = 2.0
+REACH = 1.0
 
 Record = Callable[[str, float, float], None]
 
