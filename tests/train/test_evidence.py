@@ -167,7 +167,8 @@ def test_places_point_at_the_cell_of_their_object():
     checked = 0
     for clip, chosen, batch in batches_about("place"):
         pointers = [pointer for pointer in batch.pointers if pointer.kind == "place"]
-        findings = [finding for finding in batch.findings if finding.kind == "place"]
+        findings = [finding for finding in batch.findings if finding.kind == "place" and not finding.answers]
+        assert [f.place for f in batch.findings if f.answers] == [answer.start for answer in batch.answers]
         for pointer, finding, answer, question in zip(pointers, findings, batch.answers, chosen, strict=True):
             assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) in question.text
             assert f"{clip.timestamps[pointer.frame]:.1f} s" in question.text
@@ -182,7 +183,8 @@ def test_names_point_at_the_cells_of_their_object_and_know_its_size():
     checked = 0
     for clip, chosen, batch in batches_about("size"):
         pointers = [pointer for pointer in batch.pointers if pointer.kind == "seen"]
-        for pointer, finding, question in zip(pointers, batch.findings, chosen, strict=True):
+        findings = [finding for finding in batch.findings if not finding.answers]
+        for pointer, finding, question in zip(pointers, findings, chosen, strict=True):
             assert pointer.place == finding.place
             name = name_at(batch, pointer.place)
             assert name in question.text
@@ -216,15 +218,25 @@ def test_directions_point_at_where_their_object_comes_from_and_goes_to():
     assert checked > 10
 
 
+def test_the_token_after_a_frame_looks_at_that_after_the_frame_before():
+    _, _, batch = packed(5, ["presence"])
+    pointers = [pointer for pointer in batch.pointers if pointer.kind == "before"]
+    assert [pointer.frame for pointer in pointers] == list(range(9))
+    for pointer in pointers:
+        assert pointer.place + batch.layout.length == batch.layout.after(pointer.frame + 1)
+        assert pointer.spans == ((batch.layout.after(pointer.frame), batch.layout.after(pointer.frame) + 1),)
+
+
 def test_names_that_are_counted_point_at_the_last_appearance():
     answers = set()
     for clip, chosen, batch in batches_about("times"):
         pointers = [pointer for pointer in batch.pointers if pointer.kind == "again"]
-        findings = [finding for finding in batch.findings if finding.kind == "times"]
+        findings = [finding for finding in batch.findings if finding.kind == "times" and not finding.answers]
         for pointer, finding, question in zip(pointers, findings, chosen, strict=True):
             thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
             assert pointer.frame == thing.intervals[-1][0]
             assert shown_name(clip, batch, pointer.frame, pointer.spans[0]) == thing.name
+            assert shown_frames(batch, pointer) == list(range(pointer.frame, thing.last + 1))
             assert finding.values == ((1.0 if question.answer == "2" else -1.0),)
             sighted = batch.sightings.places[:, 1] == pointer.spans[0][0]
             assert (batch.sightings.values[sighted, 3] == finding.values).all()
@@ -237,9 +249,12 @@ def test_sightings_are_the_centres_of_the_visible_objects():
     places, values = batch.sightings.places, batch.sightings.values
     assert len(places) == sum(len(clip.scene.visible_objects(frame)) for frame in range(clip.frames))
     labels = [dense_labels(clip, frame) for frame in range(clip.frames)]
-    for (row, place), (x, y, big, _) in zip(places, values, strict=True):
+    for (row, place), (x, y, big, _, right, down) in zip(places, values, strict=True):
         assert row == 0
         frame = next(f for f in range(clip.frames) if 0 <= place - batch.layout.visual(f) < batch.layout.cells)
         cell_row, cell_column = divmod(int(place) - batch.layout.visual(frame), batch.layout.columns)
         assert labels[frame].size[cell_row, cell_column] in (0, 1 + (big > 0))
         assert (cell_column, cell_row) == (int((x + 1) / 2 * 4), int((y + 1) / 2 * 4))
+        (thing,) = [t for t in clip.scene.visible_objects(frame) if batch.layout.cell(clip, t, frame)[0] == place]
+        signs = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(thing.motion, (0, 0))
+        assert np.sign((right, down)).tolist() == list(signs if frame > thing.first else (0, 0))

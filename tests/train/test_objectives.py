@@ -159,7 +159,7 @@ def test_findings_are_learnt():
         after = stage.figures.take()
         before = before or after
     assert {f"looks at {kind}" for kind in ("seen", "place", "from", "to", "again")} <= set(after)
-    for name in ("seen size", "seen place", "size", "times"):
+    for name in ("seen at 0.5 size", "seen at 0.17 place", "size", "answers times", "background"):
         assert after[name] > before[name]
 
 

@@ -28,8 +28,11 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: the token that predicts a letter, at the cell that shows it. `seen`: the name of an object, at the cells of its
 #: centre while it is visible. `place`: the last token of name and time in a question about a place, at the cell of that
 #: frame. `from`, `to`: the name in a question about a direction, at the cell of the first and of the last frame.
-#: `again`: the name in a question about how often, at the cell of the object where it appears last.
-PointerKind = Literal["time", "first", "last", "start", "end", "letter", "seen", "place", "from", "to", "again"]
+#: `again`: the name in a question about how often, at the cells of the object's last appearance. `before`: the token
+#: after a frame, at that after the frame before it.
+PointerKind = Literal[
+    "time", "first", "last", "start", "end", "letter", "seen", "place", "from", "to", "again", "before"
+]
 FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
 UNNAMED = -100
@@ -44,7 +47,8 @@ _TIME = re.compile(r"\b([0-9]+\.[0-9])\b")
 
 @dataclass(frozen=True)
 class Pointer:
-    """Token `place` of the tail of sequence `row` looks at trunk tokens `spans` (start, stop), which show `frame`."""
+    """Token `place` of the tail of sequence `row` looks at trunk tokens `spans` (start, stop), which show `frame`.
+    Tokens of the trunk have negative places."""
 
     kind: PointerKind
     row: int
@@ -67,19 +71,20 @@ class Comparison:
 class Finding:
     """Token `place` of the tail of sequence `row` knows `values` of the object that its question is about: place, x and
     y from the middle of the frame, -1 to 1 at its edges; direction, how far it moves in x and y, in the same unit;
-    size, 1 for big and -1 for small; times, 1 for twice and -1 for once."""
+    size, 1 for big and -1 for small; times, 1 for twice and -1 for once. `answers`: the token predicts the answer."""
 
     kind: FindingKind
     row: int
     place: int
     values: tuple[float, ...]
+    answers: bool = False
 
 
 @dataclass(frozen=True)
 class Sightings(Generic[Array]):
     """Visible objects of a batch and the visual tokens whose cells their centres lie in: `places` int64 [n, 2]
-    (sequence, token), `values` float32 [n, 4] (x and y, size and times as in `Finding`, the last of its appearances up
-    to then)."""
+    (sequence, token), `values` float32 [n, 6] (place, size, times and direction as in `Finding`, the last two up to
+    then)."""
 
     places: Array
     values: Array
@@ -93,8 +98,16 @@ def sightings_of(clips: Sequence[Clip], layout: TrunkLayout) -> Sightings[NDArra
             for thing in clip.scene.visible_objects(frame):
                 places.append((row, layout.cell(clip, thing, frame)[0]))
                 again = frame > thing.intervals[0][1]
-                values.append((*_from_middle(clip, thing.position(frame)), _sign(thing.size == "big"), _sign(again)))
-    return Sightings(np.array(places, np.int64).reshape(-1, 2), np.array(values, np.float32).reshape(-1, 4))
+                position, moved = _from_middle(clip, thing.position(frame)), _moved(clip, thing, frame)
+                values.append((*position, _sign(thing.size == "big"), _sign(again), *moved))
+    return Sightings(np.array(places, np.int64).reshape(-1, 2), np.array(values, np.float32).reshape(-1, 6))
+
+
+def _moved(clip: Clip, thing: SceneObject, frame: int) -> tuple[float, float]:
+    """How far an object has moved since its first frame, in halves of the frame."""
+    x0, y0 = _from_middle(clip, thing.position(thing.first))
+    x, y = _from_middle(clip, thing.position(frame))
+    return x - x0, y - y0
 
 
 def _sign(answer: bool) -> float:
@@ -182,6 +195,13 @@ class TrunkLayout:
         return self.visual(frame), self.visual(last) if last < self.frames else self.length
 
 
+def frame_pointers(layout: TrunkLayout, row: int) -> Iterator[Pointer]:
+    """Pointers of the tokens after frames at those before them."""
+    for frame in range(1, layout.frames):
+        before = layout.after(frame - 1)
+        yield Pointer("before", row, layout.after(frame) - layout.length, frame - 1, ((before, before + 1),))
+
+
 class PointerMaker:
     """Finds the pointers of questions; `encode` makes token ids of plain text."""
 
@@ -215,8 +235,9 @@ class PointerMaker:
                 yield Pointer("from", row, place, thing.first, (layout.cell(clip, thing, thing.first),))
                 yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
             if question.task == "times":
-                begin = thing.intervals[-1][0]
-                yield Pointer("again", row, place, begin, (layout.cell(clip, thing, begin),))
+                begin, end = thing.intervals[-1]
+                cells = tuple(layout.cell(clip, thing, f) for f in range(begin, end + 1))
+                yield Pointer("again", row, place, begin, cells)
 
     def comparison(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Comparison | None:
         """The comparison that a question about order asks for, None for any other question."""
@@ -232,20 +253,23 @@ class PointerMaker:
         return Comparison(row, start + place, second > first)
 
     def findings(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Iterator[Finding]:
-        """What the tokens of a question should know: a name the size of its object, where a place is asked for the last
-        token of name and time the place, where a direction or how often something appears is asked for the name."""
+        """What the tokens of a question should know: a name the size of its object and, where they are asked for, its
+        direction and how often it appears; the last token of name and time the place; the token that predicts an answer
+        the same, but for directions, which become known later than it could copy them."""
         for index, thing in self._names(clip, head):
-            place = start + index
-            yield Finding("size", row, place, (_sign(thing.size == "big"),))
+            knows: dict[FindingKind, tuple[int, tuple[float, ...]]] = {}
+            knows["size"] = index, (_sign(thing.size == "big"),)
             if question.task == "times":
-                yield Finding("times", row, place, (_sign(len(thing.intervals) > 1),))
+                knows["times"] = index, (_sign(len(thing.intervals) > 1),)
             if question.task == "direction":
-                (x, y), (to_x, to_y) = (_from_middle(clip, thing.position(f)) for f in (thing.first, thing.last))
-                yield Finding("direction", row, place, (to_x - x, to_y - y))
+                knows["direction"] = index, _moved(clip, thing, thing.last)
             if question.task == "place":
                 frame, later = self._when(clip, question, head)
-                position = _from_middle(clip, thing.position(frame))
-                yield Finding("place", row, start + max(index, later), position)
+                knows["place"] = max(index, later), _from_middle(clip, thing.position(frame))
+            for kind, (place, values) in knows.items():
+                yield Finding(kind, row, start + place, values)
+                if kind == question.task != "direction":
+                    yield Finding(kind, row, start + len(head) - 1, values, answers=True)
 
     def _names(self, clip: Clip, head: list[int]) -> Iterator[tuple[int, SceneObject]]:
         """Where the names of objects end in `head`."""

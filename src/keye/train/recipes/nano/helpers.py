@@ -30,7 +30,7 @@ from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, Fi
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
-    "seen": (0.5, 1), "place": (0.4, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.67, 1),
+    "seen": (0.5, 1), "place": (0.4, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.5, 3), "before": (0.4, 3),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -41,10 +41,12 @@ RARE = 3.0
 #: Frame numbers are learnt in units of this many frames; their squared errors count as much as this many pairs.
 FRAME_UNIT, FRAME_WEIGHT = 16.0, 10.0
 COMPARE_WEIGHT = 4.0
-#: Which directions of hidden states hold which findings and whether the background changes.
-DIRECTIONS: dict[FindingKind | Literal["cut"], slice] = {
+#: Which directions of hidden states hold which findings, whether the background changes, and its colour.
+DIRECTIONS: dict[FindingKind | Literal["cut", "background"], slice] = {
     "place": slice(0, 2), "size": slice(2, 3), "times": slice(3, 4), "direction": slice(4, 6), "cut": slice(6, 7),
+    "background": slice(7, 7 + len(BACKGROUND_IDS)),
 }  # fmt: skip
+FINDINGS: tuple[FindingKind, ...] = ("place", "direction", "size", "times")
 #: How far a finding of 1 moves a hidden state whose root mean square is 1.
 REACH = 1.0
 
@@ -89,7 +91,7 @@ class Helpers(nn.Module):
         if config.tracking:
             # Drawn once for all stages and not learnt: what is known must be written where the next layers can read it,
             # which a head that learns to read small signals would not ask for.
-            drawn = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+            drawn = torch.randn(DIRECTIONS["background"].stop, width, generator=torch.Generator().manual_seed(0))
             self.register_buffer("_directions", F.normalize(drawn, dim=1) / REACH, persistent=False)
         self.register_buffer("_trained", torch.from_numpy(TRAINED_PAIRS), persistent=False)
 
@@ -233,24 +235,46 @@ class Helpers(nn.Module):
     def _track(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
         """What the token after each frame knows of cuts, visual tokens and questions of their object."""
         after = [batch.layout.after(frame) for frame in range(batch.layout.frames)]
-        x, cut = self._hidden(step, CHANGE_DEPTH, batch)[:, after].flatten(0, 1), batch.events.cut.flatten()
+        backgrounds, cut = batch.events.background.flatten(), batch.events.cut.flatten()
+        x = self._hidden(step, LOOKUP_DEPTH, batch)[:, after].flatten(0, 1)
         loss = self._read("cut", x, torch.where(cut, 1.0, -1.0).unsqueeze(1))
+        if bool((named := backgrounds != UNNAMED).any()):
+            x = self._hidden(step, SEEN_DEPTH, batch)[:, after].flatten(0, 1)[named]
+            values = 2.0 * F.one_hot(backgrounds[named], len(BACKGROUND_IDS)) - 1
+            loss = loss + self._read("background", x, values)
+        return loss + self._read_sightings(batch, step) + self._read_findings(batch, step)
+
+    def _read_sightings(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
+        """What visual tokens know of the object in their cell."""
         rows, places = batch.sightings.places.unbind(1)
-        for depth in (SEEN_DEPTH, LOOKUP_DEPTH) if len(rows) else ():
-            x, values = self._hidden(step, depth, batch)[rows, places], batch.sightings.values
-            loss = (
-                loss + self._read("place", x, values[:, :2], "seen ") + self._read("size", x, values[:, 2:3], "seen ")
-            )
-            if depth == LOOKUP_DEPTH:
-                loss = loss + self._read("times", x, values[:, 3:], "seen ")
-        kinds: tuple[FindingKind, ...] = ("place", "direction", "size", "times")
-        for kind in kinds:
-            if named := [finding for finding in batch.findings if finding.kind == kind]:
-                x = self._hidden(step, COMPARE_DEPTH, batch)[_rows_and_places(named, batch.layout.length, x.device)]
-                loss = loss + self._read(kind, x, torch.tensor([finding.values for finding in named], device=x.device))
+        loss = torch.zeros((), device=rows.device)
+        place, size, times, moved = batch.sightings.values.split((2, 1, 1, 2), dim=1)
+        known: dict[FindingKind, Tensor] = {"place": place, "size": size, "times": times, "direction": moved}
+        for depth in (SEEN_DEPTH, CHANGE_DEPTH, LOOKUP_DEPTH) if len(rows) else ():
+            x = self._hidden(step, depth, batch)[rows, places]
+            for kind, values in known.items():
+                if kind in ("place", "size") or depth != SEEN_DEPTH:
+                    loss = loss + self._read(kind, x, values, f"seen at {depth} ")
         return loss
 
-    def _read(self, kind: FindingKind | Literal["cut"], x: Tensor, values: Tensor, prefix: str = "") -> Tensor:
+    def _read_findings(self, batch: PackedBatch[Tensor], step: TreeStep) -> Tensor:
+        """What questions know of their object: first the tokens that find it out, then those that answer."""
+        loss = torch.zeros((), device=batch.labels.device)
+        for kind in FINDINGS:
+            for answers in (False, True):
+                named = [finding for finding in batch.findings if (finding.kind, finding.answers) == (kind, answers)]
+                if not named:
+                    continue
+                depth = COMPARE_DEPTH if answers or kind == "direction" else LOOKUP_DEPTH
+                rows, places = _rows_and_places(named, batch.layout.length, loss.device)
+                values = torch.tensor([finding.values for finding in named], device=loss.device)
+                x = self._hidden(step, depth, batch)[rows, places]
+                loss = loss + self._read(kind, x, values, "answers " if answers else "")
+        return loss
+
+    def _read(
+        self, kind: FindingKind | Literal["cut", "background"], x: Tensor, values: Tensor, prefix: str = ""
+    ) -> Tensor:
         """The squared error of `values` [n, k] in the directions of hidden states `x` [n, d] that hold them; positive
         and negative ones count alike."""
         out = F.rms_norm(x.float(), x.shape[-1:]) @ self._directions[DIRECTIONS[kind]].T
