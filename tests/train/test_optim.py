@@ -128,3 +128,50 @@ def test_which_matrices_follow_muon():
     assert "visual.vision_model.encoder.layers.0.mlp.fc1.weight" in chosen
     for part in ("embed", "lm_head", ".mlp.gate.", "sa_indexer", "norm", "bias"):
         assert not any(part in name for name in chosen)
+
+
+def test_adamw_is_that_of_torch():
+    left, right = network(), network()
+    own = Optimizer([Trained(name, p, False, 0.01, decay=True) for name, p in left.named_parameters()],
+                    betas=(0.9, 0.95), weight_decay=0.1, clip=1e9)  # fmt: skip
+    theirs = torch.optim.AdamW(right.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for seed in range(5):
+        for model in (left, right):
+            give_gradients(model, seed)
+        own.step(1.0)
+        theirs.step()
+    for a, b in zip(left.parameters(), right.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_steps_where_that_of_torch_steps():
+    """Momentum, Nesterov's look ahead, decay and scale are equal; the polynomials differ in how near one the singular
+    values get."""
+    torch.manual_seed(0)
+    weight, other = nn.Parameter(torch.randn(24, 16)), nn.Parameter(torch.zeros(24, 16))
+    other.data.copy_(weight.data)
+    own = Optimizer([Trained("w", weight, True, 0.02)], weight_decay=0.1, clip=1e9)
+    theirs = torch.optim.Muon([other], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=10,
+                              ns_coefficients=(1.875, -1.25, 0.375), adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    begin = weight.detach().clone()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight.grad = torch.randn(24, 16)
+        other.grad = weight.grad.clone()
+        own.step(1.0)
+        theirs.step()
+    moved, expected = weight.detach() - begin, other.detach() - begin
+    assert torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.99
+    assert moved.norm() == pytest.approx(float(expected.norm()), rel=0.1)
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    model = network().bfloat16()
+    own = optimizer(model)
+    for value in [1.0] + [1 / 256] * 63:  # in bfloat16, 1 + 1/256 is 1
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        own.add_gradients()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert own.reduce() == pytest.approx((1 + 63 / 256) * count**0.5, rel=1e-5)

@@ -31,12 +31,17 @@ if TYPE_CHECKING:
 def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None:
     """Train a model by the stages of a TOML file.
 
-    An interrupted run (Ctrl-C) resumes from its last checkpoint when the command is run again.
+    An interrupted run (Ctrl-C) resumes from its last checkpoint when the command is run again. Several processes, on
+    one machine or many: torchrun --nproc-per-node N -m keye train CONFIG.
     """
+    from keye.config.environment import launched_place
     from keye.train.loop import train as run
     from keye.train.recipes import load_run
 
     settings, recipe = load_run(config)
+    if (place := launched_place()) is not None and place[0] > 0:  # the first of torchrun's processes speaks for all
+        run(settings, recipe, resume=resume, decode=decode)
+        return
     if as_json:
 
         def print_figures(figures: Mapping[str, Any]) -> None:
@@ -84,8 +89,10 @@ class Reports:
 
 def report_line(figures: Mapping[str, Any]) -> str:
     """Stage, step, minutes and loss first, then whatever else was measured."""
-    rest = {k: v for k, v in figures.items() if k not in ("stage", "step", "minutes", "loss")}
+    rest = {k: v for k, v in figures.items() if k not in ("stage", "step", "minutes", "loss", "seconds_left")}
     first = [f"{figures['stage']}: step {figures['step']}", f"{figures['minutes']:.1f} min"]
+    if figures.get("seconds_left") is not None:
+        first.append(f"{figures['seconds_left'] / 60:.1f} min left")
     if "loss" in figures:
         first.append(_named("loss", figures["loss"]))
     return ", ".join(first + [_named(name, value) for name, value in rest.items()])

@@ -1,0 +1,95 @@
+"""Kills a training run at random moments and compares what it ends with to a run that was left alone.
+
+A tiny model of two layers with experts and an indexer learns texts through the family's recipe, with a checkpoint every
+two steps, so that many kills meet one being written. SIGKILL goes to the process that was started; those that it
+started end with it. Each time, the run is started again. Prints JSON: kills, where they fell, and how many tensors
+differ. Run:
+    python benchmarks/train_kill.py [--processes 2] [--kills 10] [--steps 60]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from safetensors.torch import load_file
+
+from keye.config.toml import to_toml
+from keye.train.checkpoint import FOLDER
+from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.support.family import talk, write_rows
+from tests.support.tiny import tiny_folder
+
+
+def write_run(folder: Path, output: str, arguments: argparse.Namespace) -> Path:
+    """The file of a run."""
+    stage = FamilyStage(name="learn", steps=arguments.steps, trains="all", attention="sparse", max_tokens=48, batch=2,
+                        lr=1e-3, data=(DataConfig(path=str(folder / "rows.jsonl")),))  # fmt: skip
+    run = FamilyConfig(model=folder / "model", output=folder / output, stages=(stage,), fresh=True, fused=False,
+                       processes=arguments.processes, save_steps=2, save_minutes=0.05, log_seconds=0.0)  # fmt: skip
+    path = folder / f"{output}.toml"
+    path.write_text(to_toml(run))
+    return path
+
+
+def start(path: Path) -> subprocess.Popen[bytes]:
+    """`keye train` with a file."""
+    command = [sys.executable, "-m", "keye", "train", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def where(output: Path) -> str:
+    """What a killed run had last: its newest checkpoint, and whether another was being written."""
+    names = sorted(path.name for path in (output / FOLDER).glob("*"))
+    return ", ".join(names[-2:]) or "no checkpoint"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="keye-kill-") as name:
+        folder, rng = Path(name), random.Random(arguments.seed)
+        tiny_folder(folder / "model", weights=False)
+        write_rows(folder / "rows.jsonl", [talk(f"What is {n}? " * (1 + n % 5), f"red circle {n}") for n in range(90)])
+        begin = time.monotonic()
+        assert start(write_run(folder, "straight", arguments)).wait() == 0
+        seconds, places = time.monotonic() - begin, []
+        path = write_run(folder, "killed", arguments)
+        while len(places) < arguments.kills:
+            run = start(path)
+            try:
+                code = run.wait(rng.uniform(0.2, 0.9) * seconds)
+            except subprocess.TimeoutExpired:
+                os.kill(run.pid, signal.SIGKILL)
+                run.wait()
+                places.append(where(folder / "killed"))
+                continue
+            assert code == 0, "the run failed"
+            break
+        if len(places) == arguments.kills:
+            assert start(path).wait() == 0
+        left, right = (load_file(folder / name / "model.safetensors") for name in ("straight", "killed"))
+        differ = [name for name in left if not torch.equal(left[name], right[name])]
+        print(json.dumps({"processes": arguments.processes, "kills": len(places), "tensors": len(left),
+                          "differ": len(differ), "killed_at": places}, indent=2))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
