@@ -196,24 +196,21 @@ def test_names_point_at_the_cells_of_their_object_and_know_its_size():
     assert checked > 10
 
 
-def test_directions_point_at_where_their_object_comes_from_and_goes_to():
+def test_directions_are_known_by_names_and_by_cells_that_point_at_where_their_object_came_from():
     signs = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}
     checked = 0
     for clip, chosen, batch in batches_about("direction"):
-        kinds = [[p for p in batch.pointers if p.kind == kind] for kind in ("from", "to")]
-        findings = [finding for finding in batch.findings if finding.kind == "direction"]
-        for begin, end, finding, question in zip(*kinds, findings, chosen, strict=True):
-            thing = next(thing for thing in clip.scene.objects if thing.name in question.text)
-            assert (begin.frame, end.frame) == (thing.first, thing.last)
-            assert begin.place == end.place == finding.place
+        findings = [finding for finding in batch.findings if finding.kind == "direction" and not finding.answers]
+        for finding, question in zip(findings, chosen, strict=True):
+            (thing,) = [thing for thing in clip.scene.objects if thing.name == name_at(batch, finding.place)]
+            assert thing.name in question.text
             axis, sign = signs[question.answer]
             assert finding.values[axis] * sign > 0.2
             assert abs(finding.values[1 - axis]) < 1e-6
-            cells = [pointer.spans[0][0] - batch.layout.visual(pointer.frame) for pointer in (begin, end)]
-            rows_and_columns = [divmod(cell, batch.layout.columns) for cell in cells]
-            moved = [b - a for a, b in zip(*rows_and_columns, strict=True)]
-            assert moved[1 - axis] * sign > 0
-            assert moved[axis] == 0
+            cells = {batch.layout.cell(clip, thing, f)[0]: f for f in range(thing.first + 1, thing.last + 1)}
+            own = [p for p in batch.pointers if p.kind == "origin" and p.place + batch.layout.length in cells]
+            assert len(own) == len(cells)
+            assert {shown_name(clip, batch, thing.first, pointer.spans[0]) for pointer in own} == {thing.name}
             checked += 1
     assert checked > 10
 

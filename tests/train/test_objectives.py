@@ -158,7 +158,7 @@ def test_findings_are_learnt():
         optimizer.step(1.0)
         after = stage.figures.take()
         before = before or after
-    assert {f"looks at {kind}" for kind in ("seen", "place", "from", "to", "again")} <= set(after)
+    assert {f"looks at {kind}" for kind in ("seen", "place", "again", "before", "origin")} <= set(after)
     for name in ("seen at 0.5 size", "seen at 0.17 place", "size", "answers times", "background"):
         assert after[name] > before[name]
 

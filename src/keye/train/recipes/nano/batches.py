@@ -47,8 +47,8 @@ from keye.train.recipes.nano.evidence import (
     Sightings,
     TrunkLayout,
     events_of,
-    frame_pointers,
     sightings_of,
+    trunk_pointers,
 )
 
 IGNORE = -100
@@ -181,7 +181,7 @@ class BatchMaker:
         for row, items in enumerate(rendered):
             first_token, trunk = row * (length + shape[1]), len(segments)
             segments.append((first_token, first_token + length, -1))
-            pointers += frame_pointers(layout, row)
+            pointers += trunk_pointers(clips[row], layout, row)
             for (question, head, tail), (start, stop) in zip(items, places[row], strict=True):
                 segments.append((first_token + length + start, first_token + length + stop, trunk))
                 answer = start + len(head) - 1

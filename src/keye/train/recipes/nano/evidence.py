@@ -27,12 +27,9 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: answer, at the frame of that time; those that predict which of two objects comes first, at its first frame. `letter`:
 #: the token that predicts a letter, at the cell that shows it. `seen`: the name of an object, at the cells of its
 #: centre while it is visible. `place`: the last token of name and time in a question about a place, at the cell of that
-#: frame. `from`, `to`: the name in a question about a direction, at the cell of the first and of the last frame.
-#: `again`: the name in a question about how often, at the cells of the object's last appearance. `before`: the token
-#: after a frame, at that after the frame before it.
-PointerKind = Literal[
-    "time", "first", "last", "start", "end", "letter", "seen", "place", "from", "to", "again", "before"
-]
+#: frame. `again`: the name in a question about how often, at the cells of its last appearance. `before`: the token
+#: after a frame, at that after the frame before it. `origin`: the cell of an object that moves, at that of its first frame.
+PointerKind = Literal["time", "first", "last", "start", "end", "letter", "seen", "place", "again", "before", "origin"]
 FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
 UNNAMED = -100
@@ -195,11 +192,17 @@ class TrunkLayout:
         return self.visual(frame), self.visual(last) if last < self.frames else self.length
 
 
-def frame_pointers(layout: TrunkLayout, row: int) -> Iterator[Pointer]:
-    """Pointers of the tokens after frames at those before them."""
+def trunk_pointers(clip: Clip, layout: TrunkLayout, row: int) -> Iterator[Pointer]:
+    """Pointers of the tokens after frames at those before them, and of moving objects at where they came from."""
     for frame in range(1, layout.frames):
         before = layout.after(frame - 1)
         yield Pointer("before", row, layout.after(frame) - layout.length, frame - 1, ((before, before + 1),))
+    for thing in clip.scene.objects:
+        if thing.motion != "static":
+            first = layout.cell(clip, thing, thing.first)
+            for frame in range(thing.first + 1, thing.last + 1):
+                place = layout.cell(clip, thing, frame)[0] - layout.length
+                yield Pointer("origin", row, place, thing.first, (first,))
 
 
 class PointerMaker:
@@ -231,9 +234,6 @@ class PointerMaker:
             else:
                 visible = [f for f in range(clip.frames) if thing.visible(f) and thing.color_at(f) == thing.color]
                 yield Pointer("seen", row, place, thing.first, tuple(layout.cell(clip, thing, f) for f in visible))
-            if question.task == "direction":
-                yield Pointer("from", row, place, thing.first, (layout.cell(clip, thing, thing.first),))
-                yield Pointer("to", row, place, thing.last, (layout.cell(clip, thing, thing.last),))
             if question.task == "times":
                 begin, end = thing.intervals[-1]
                 cells = tuple(layout.cell(clip, thing, f) for f in range(begin, end + 1))
@@ -255,7 +255,7 @@ class PointerMaker:
     def findings(self, clip: Clip, question: Question, head: list[int], row: int, start: int) -> Iterator[Finding]:
         """What the tokens of a question should know: a name the size of its object and, where they are asked for, its
         direction and how often it appears; the last token of name and time the place; the token that predicts an answer
-        the same, but for directions, which become known later than it could copy them."""
+        the same."""
         for index, thing in self._names(clip, head):
             knows: dict[FindingKind, tuple[int, tuple[float, ...]]] = {}
             knows["size"] = index, (_sign(thing.size == "big"),)
@@ -268,7 +268,7 @@ class PointerMaker:
                 knows["place"] = max(index, later), _from_middle(clip, thing.position(frame))
             for kind, (place, values) in knows.items():
                 yield Finding(kind, row, start + place, values)
-                if kind == question.task != "direction":
+                if kind == question.task:
                     yield Finding(kind, row, start + len(head) - 1, values, answers=True)
 
     def _names(self, clip: Clip, head: list[int]) -> Iterator[tuple[int, SceneObject]]:

@@ -30,7 +30,7 @@ from keye.train.recipes.nano.evidence import TRAINED_PAIRS, UNNAMED, Finding, Fi
 #: build on what names and times have found.
 HINTED: dict[PointerKind, tuple[float, int]] = {
     "time": (0.4, 0), "first": (0.5, 0), "last": (0.5, 2), "start": (0.67, 0), "end": (0.67, 2), "letter": (0.5, 3),
-    "seen": (0.5, 1), "place": (0.4, 1), "from": (0.67, 1), "to": (0.67, 3), "again": (0.5, 3), "before": (0.4, 3),
+    "seen": (0.5, 1), "place": (0.4, 1), "again": (0.5, 3), "before": (0.4, 3), "origin": (0.4, 2),
 }  # fmt: skip
 #: Layers (shares) after which the heads read what a frame shows, what changed, what a time in a question shows, and
 #: which of two names comes first.
@@ -265,7 +265,7 @@ class Helpers(nn.Module):
                 named = [finding for finding in batch.findings if (finding.kind, finding.answers) == (kind, answers)]
                 if not named:
                     continue
-                depth = COMPARE_DEPTH if answers or kind == "direction" else LOOKUP_DEPTH
+                depth = COMPARE_DEPTH if answers else LOOKUP_DEPTH
                 rows, places = _rows_and_places(named, batch.layout.length, loss.device)
                 values = torch.tensor([finding.values for finding in named], device=loss.device)
                 x = self._hidden(step, depth, batch)[rows, places]
