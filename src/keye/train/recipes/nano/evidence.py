@@ -28,7 +28,7 @@ from keye.data.frameforge.words import COLORS, HELD_OUT_PAIRS, SHAPES
 #: the token that predicts a letter, at the cell that shows it. `seen`: the name of an object, at the cells of its
 #: centre while it is visible. `place`: the last token of name and time in a question about a place, at the cell of that
 #: frame. `again`: the name in a question about how often, at the cells of its last appearance. `before`: the token
-#: after a frame, at that after the frame before it. `origin`: the cell of an object that moves, at that of its first frame.
+#: after a frame, at that after the frame before it. `origin`: the cell of an object that moves, at its first cell.
 PointerKind = Literal["time", "first", "last", "start", "end", "letter", "seen", "place", "again", "before", "origin"]
 FindingKind = Literal["place", "direction", "size", "times"]
 #: The target of a background without a name; losses leave it out.
