@@ -212,10 +212,12 @@ class Run:
                     count += batch.count
         finally:
             source.close()
+            held_out = mean_figures(self.group, objective.figures.sums())
             objective.figures = figures
             self.model.train()
         (total,) = self.group.total(total)
-        self._note(stage, {"val_loss": total / count} if count else {})
+        more = {f"val_{name}": value for name, value in held_out.items() if name != "loss"}
+        self._note(stage, {"val_loss": total / count, **more} if count else {})
 
     def _log(self, stage: StageConfig, clock: Clock, step: Step, done: float) -> None:
         figures = mean_figures(self.group, step.objective.figures.sums())

@@ -169,4 +169,6 @@ def _source(sample: Sample, medium: Medium) -> Any:
         return str(medium.source)
     if isinstance(medium.source, Sequence) and all(isinstance(item, str | Path) for item in medium.source):
         return [str(item) for item in medium.source]
-    raise KeyeError(f"{sample.place}: its {medium.kind} is in memory alone and cannot be saved; give files")
+    raise KeyeError(
+        f"{sample.place}: its {medium.kind} is not a file of its own and cannot be named in a row; give files"
+    )

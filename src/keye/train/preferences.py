@@ -52,10 +52,11 @@ class RewardShift(nn.Module):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    @torch.no_grad()
     def update(self, pairs: Pairs, beta: float) -> Tensor:
-        """Takes the rewards of a batch into the mean and returns it, float32."""
-        rewards = torch.cat(pairs.rewards(beta)).double()
+        """Takes the rewards of a batch that is learnt into the mean, and returns that, float32."""
+        if not torch.is_grad_enabled():
+            return self.mean.float()
+        rewards = torch.cat(pairs.rewards(beta)).detach().double()
         new = torch.stack(
             (rewards.sum(), torch.tensor(float(len(rewards)), dtype=torch.float64, device=rewards.device))
         )

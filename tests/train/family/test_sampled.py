@@ -160,8 +160,8 @@ def test_a_judge_that_cannot_be_asked_is_named(url, sentence):
         Judge(url, "m", timeout=2).grade("a", "b", "c")
 
 
-def test_media_in_memory_cannot_be_written():
+def test_media_in_memory_cannot_be_named_in_rows():
     medium = Medium("image", object())
     loose = Sample((Message("user", (medium, "Which?")), Message("assistant", ("red",))), (False, True), Place("d", 1))
-    with pytest.raises(KeyeError, match="in memory alone"):
+    with pytest.raises(KeyeError, match="not a file of its own"):
         to_row(loose, "red")

@@ -51,6 +51,12 @@ def data_set(config: DataConfig, folder: Path) -> DataSet:
     return DataSet.parse(path, weight=config.weight, columns=config.columns, root=root, mode=config.mode)
 
 
+def count_skipped(folder: Path) -> int:
+    """Rows and samples that were left out so far."""
+    path = folder / SKIPPED_FILE
+    return len(set(path.read_text(encoding="utf-8").splitlines())) if path.exists() else 0
+
+
 def features_folder(folder: Path) -> Path:
     """Where visual features are kept."""
     return folder / "features"

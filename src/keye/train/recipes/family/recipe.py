@@ -19,7 +19,7 @@ from keye.train.lora import LoraParameters, add_lora, save_adapter
 from keye.train.optim import Trained, mark_trainable
 from keye.train.parts import choose_adapters
 from keye.train.recipe import Objective
-from keye.train.recipes.family.batches import features_folder, write_features
+from keye.train.recipes.family.batches import count_skipped, features_folder, write_features
 from keye.train.recipes.family.config import FamilyConfig, FamilyStage
 from keye.train.recipes.family.distill import Distillation
 from keye.train.recipes.family.objectives import NextToken
@@ -78,9 +78,10 @@ class FamilyRecipe:
         return figures
 
     def end_stage(self, stage: FamilyStage, model: KeyeModel, folder: Path) -> Mapping[str, float]:
+        figures = {"left_out": float(count_skipped(folder))}
         if stage.objective in ("dpo", "mpo") and stage.sampling is not None:
-            return {"looping_after": count_loops(stage, model, folder, 0)}
-        return {}
+            figures["looping_after"] = count_loops(stage, model, folder, 0)
+        return figures
 
     def prepare(self, model: KeyeModel, stage: FamilyStage) -> list[Trained]:
         if stage.attention != "dense" and model.config.text.sparse is None:
