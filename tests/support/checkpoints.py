@@ -67,6 +67,8 @@ def random_model(folder: Path, seed: int) -> KeyeModel:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
                     std = 1.0 if isinstance(module, nn.Embedding) else parameter.shape[-1] ** -0.5
+                    if module is getattr(model, "lm_head", None):
+                        std = 0.6  # a head that can be sure of one of 150,000 tokens
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
                 elif name == "bias":
                     parameter.zero_()
@@ -94,12 +96,12 @@ def write_samples(folder: Path, count: int = 50) -> Path:
             Image.new("RGB", (56, 84), (number * 5, 255 - number * 5, 99)).save(folder / f"{number}.png")
             row["images"] = [f"{number}.png"]
             row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
-        elif number % 3 == 2 and number < 24:
-            write_clip(folder / f"{number}.mp4", frames=4 + number, fps=4, size=(56, 56))
+        elif number % 3 == 2 and number < 24:  # 2 to 5 frames of two a second
+            write_clip(folder / f"{number}.mp4", frames=3 + 3 * (number % 4), fps=4, size=(56, 56))
             row["videos"] = [f"{number}.mp4"]
             row["messages"][0]["content"] = "<video>" + row["messages"][0]["content"]
         rows.append(row)
-    rows.append({"videos": ["2.mp4", "11.mp4", "20.mp4"], "messages": [
+    rows.append({"videos": ["8.mp4", "2.mp4", "11.mp4"], "messages": [
         {"role": "user", "content": "first <video> then <video> last <video> which is longest?"},
         {"role": "assistant", "content": "the third, [[1.5, 4.0]]"},
     ]})  # fmt: skip
