@@ -170,3 +170,10 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def leave_terminal() -> None:
+    """Called in a process that helps another: Ctrl-C reaches only the one that was started from the terminal, which
+    decides what happens, and this process ends with it."""
+    os.setsid()
+    end_with_parent()

@@ -50,8 +50,12 @@ def train(config: Path, resume: bool, as_json: bool, decode: str | None) -> None
         folder = run(settings, recipe, resume=resume, report=print_figures, decode=decode)
         print(json.dumps({"output": str(folder)}))
         return
-    with Reports(settings.stages) as reports:
-        folder = run(settings, recipe, resume=resume, report=reports, decode=decode)
+    try:
+        with Reports(settings.stages) as reports:
+            folder = run(settings, recipe, resume=resume, report=reports, decode=decode)
+    except KeyboardInterrupt:
+        click.echo("keye: interrupted; run the command again to go on", err=True)
+        raise
     click.echo(f"The model is in {folder}.")
 
 

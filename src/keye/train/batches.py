@@ -18,7 +18,7 @@ from keye.cluster.decode_queue import Priority
 from keye.cluster.decode_work import CallWork
 from keye.cluster.service import open_service
 from keye.errors import KeyeError
-from keye.process import end_with_parent
+from keye.process import leave_terminal
 
 #: Batches that are made ahead by one process, and by a service beyond one for each of its workers.
 PREFETCH = 3
@@ -76,7 +76,7 @@ class BatchProcess:
     """A process that makes the batches of one stage after another, each ahead of the step that learns from it."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+        self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=leave_terminal)
         self._waiting: deque[Future[StepBatch | None]] = deque()
         self._make: Callable[[], StepBatch | None] | None = None
 

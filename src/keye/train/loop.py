@@ -27,6 +27,7 @@ from keye.train.batches import BatchProcess, StepBatch, derived_seed
 from keye.train.checkpoint import FOLDER, Checkpoints, Progress
 from keye.train.config import StageConfig, TrainConfig
 from keye.train.guard import Guard
+from keye.train.interrupt import Interrupt
 from keye.train.mesh import Mesh
 from keye.train.metrics import Meter, round_figure
 from keye.train.optim import Optimizer, Trained, highest_rate
@@ -43,6 +44,7 @@ def train(
     """Runs every stage that is not done yet and returns the output folder, which is a loadable model.
 
     With `resume`, a run that was interrupted goes on at its last checkpoint; without, an existing output is an error.
+    Ctrl-C in a stage ends the step, saves and raises `KeyboardInterrupt`; pressed again, it ends the run at once.
     `decode` is the address of a decode service (`keye.cluster.service.open_service`) whose workers make the batches; on
     a cluster they read the tokenizer in the output folder, which must be on a disk that all nodes share.
     """
@@ -83,7 +85,7 @@ class Run:
         self.config, self.recipe, self.report, self.group, self.decode = config, recipe, report, group, decode
         self.out, self.dtype = config.output, torch_dtype(config.dtype)
         self.device = device_of(group, config.device)
-        self.batches = BatchProcess()
+        self.batches, self.interrupt = BatchProcess(), Interrupt()
         self.checkpoints = Checkpoints(self.out, [stage.name for stage in config.stages], config.keep or 1, group)
         try:
             self.progress = self.checkpoints.newest()
@@ -146,7 +148,8 @@ class Run:
             self.checkpoints.load(resumed, state)
             optimizer.take_state(state)
         if not resumed.ended:
-            self._run_steps(number, objective, optimizer)
+            with self.interrupt.listening():
+                self._run_steps(number, objective, optimizer)
         self._note(stage, self.recipe.end_stage(stage, self.model, self.out))
         self._save_model()
         self.progress = resumed.next_stage()
@@ -173,11 +176,15 @@ class Run:
         step = Step(self, number, objective, optimizer, guard)
         done, data = 0.0, resumed.data
         while True:
-            logs, saves, done = self.group.agree(*clock.due(), stage.share_done(clock.step, clock.seconds() / 60))
+            wanted = (*clock.due(), float(self.interrupt.is_requested))
+            logs, saves, ends, done = self.group.agree(*wanted, stage.share_done(clock.step, clock.seconds() / 60))
             if logs:
                 self._log(stage, clock, step, done)
-            if saves:
+            if saves or ends:
                 self._save(Progress(number, clock.step, clock.seconds(), False, data, guard.state()), optimizer, saves)
+            if ends:
+                self.checkpoints.wait()
+                raise KeyboardInterrupt
             if done >= 1.0:
                 break
             with self.meter.waiting():

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from keye.config import ConfigError
 from keye.config.environment import launched_place
 from keye.errors import KeyeError
-from keye.process import end_with_parent
+from keye.process import leave_terminal
 
 T = TypeVar("T")
 #: How long a process waits for the others before it raises an error.
@@ -155,9 +155,9 @@ def _children(size: int, device: str, follow: Callable[[Group], None]) -> Iterat
 def _run(
     follow: Callable[[Group], None], group: Group, device: str, meeting: Path, errors: SimpleQueue[str]
 ) -> None:  # fmt: skip
-    end_with_parent()
+    leave_terminal()
     _join(group, device, meeting)
-    with suppress(KeyeError), _leaving():
+    with suppress(KeyeError, KeyboardInterrupt), _leaving():
         try:
             follow(group)
         except KeyeError as error:
