@@ -19,6 +19,8 @@ def test_hadamard_equals_the_matrix(dim: int) -> None:
     x = torch.randn(5, 3, dim, generator=torch.Generator().manual_seed(dim))
     torch.testing.assert_close(hadamard_transform(x), x @ matrix * dim**-0.5, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hadamard_transform(hadamard_transform(x)), x, rtol=1e-5, atol=1e-5)
+    (gradient,) = torch.autograd.grad((hadamard_transform(x.requires_grad_()) * x.detach().cos()).sum(), x)
+    torch.testing.assert_close(gradient, x.detach().cos() @ matrix.mT * dim**-0.5, rtol=1e-5, atol=1e-5)
 
 
 def test_hadamard_keeps_dot_products_and_dtype() -> None:

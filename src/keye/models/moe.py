@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from keye.config import TextConfig
 from keye.models.layers import MLP, Layer
@@ -39,6 +40,10 @@ class Experts(Layer):
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
         if (matmul := find_grouped_matmul(x, self.gate_up_proj)) is not None:
             return matmul(self.elementwise.swiglu(matmul(x, self.gate_up_proj, sizes)), self.down_proj, sizes)
+        if _has_gradients(x, self.gate_up_proj, self.down_proj):
+            inner = self.elementwise.swiglu(GroupedProduct.apply(x, self.gate_up_proj, sizes))
+            out: Tensor = GroupedProduct.apply(inner, self.down_proj, sizes)
+            return out
         weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
 
@@ -60,7 +65,43 @@ class Experts(Layer):
 def _multiply(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     if (matmul := find_grouped_matmul(x, weight)) is not None:
         return matmul(x, weight, sizes)
+    if _has_gradients(x, weight):
+        out: Tensor = GroupedProduct.apply(x, weight, sizes)
+        return out
     return torch.cat([part @ own for part, own in zip(x.split(sizes), weight.unbind(0), strict=True) if part.shape[0]])
+
+
+def _has_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+class GroupedProduct(torch.autograd.Function):
+    """`x` [rows, K], sorted by expert with `sizes` rows of each, times `weight` [E, K, M]: [rows, M]. Results and
+    gradients of all experts are written where they belong, once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out = x.new_empty(len(x), weight.shape[2])
+        for part, own, target in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+            torch.mm(part, own, out=target)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight), sizes = ctx.saved_tensors, ctx.sizes
+        to_x, to_weight, parts = None, None, grad.split(sizes)
+        if ctx.needs_input_grad[0]:
+            to_x = torch.empty_like(x)
+            for part, own, target in zip(parts, weight, to_x.split(sizes), strict=True):
+                torch.mm(part, own.mT, out=target)
+        if ctx.needs_input_grad[1]:
+            to_weight = torch.empty_like(weight)
+            for part, rows, target in zip(parts, x.split(sizes), to_weight, strict=True):
+                torch.mm(rows.mT, part, out=target)  # zeros where an expert has no rows
+        return to_x, to_weight, None
 
 
 def lay_out_for_decoding(network: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

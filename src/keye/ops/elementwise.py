@@ -63,11 +63,6 @@ def index_key(x: Tensor, weight: Tensor, bias: Tensor, eps: float, cos: Tensor, 
     return hadamard_transform(rotate(y, cos, sin))
 
 
-def masked_softmax(logits: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(logits * scale) where `mask` (broadcastable bool) is true, in float32, in the dtype of `logits`."""
-    return (logits.float() * scale).masked_fill(~mask, -1e30).softmax(-1).to(logits.dtype)
-
-
 def weighted_sum(y: Tensor, weight: Tensor) -> Tensor:
     """Sums expert outputs `y` [T, K, d] with `weight` [T, K] in float32, in the dtype of `y`."""
     return (y.float() * weight.float().unsqueeze(-1)).sum(1).to(y.dtype)
@@ -83,7 +78,6 @@ class Elementwise(NamedTuple):
     norm_rotate: Callable[..., Tensor] = norm_rotate
     index_query: Callable[..., Tensor] = index_query
     index_key: Callable[..., Tensor] = index_key
-    masked_softmax: Callable[..., Tensor] = masked_softmax
     weighted_sum: Callable[..., Tensor] = weighted_sum
 
 
@@ -93,8 +87,10 @@ PLAIN = Elementwise()
 
 @cache
 def compile_elementwise(device: torch.device) -> Elementwise | None:
-    """Compiled versions, whose first calls take seconds; None where no compiler for `device` works."""
-    fused = Elementwise(**{name: torch.compile(getattr(PLAIN, name), dynamic=True) for name in Elementwise._fields})
+    """Compiled versions, whose first calls take seconds; None where no compiler for `device` works. Those of the
+    indexer stay plain: a difference in the last bit would select other keys."""
+    compiled = [name for name in Elementwise._fields if not name.startswith("index_")]
+    fused = PLAIN._replace(**{name: torch.compile(getattr(PLAIN, name), dynamic=True) for name in compiled})
     try:
         fused.rms_norm(torch.ones(2, 8, device=device), torch.ones(8, device=device), 1e-6)
     except (RuntimeError, OSError):  # what torch raises when its compiler fails or is missing

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,16 +47,29 @@ def hadamard_transform(x: Tensor) -> Tensor:
     Computed in float32 and rounded to the input dtype. Orthonormal, so dot products keep their value; it spreads
     outliers over the vector before quantisation.
     """
-    dim = x.shape[-1]
-    assert dim & (dim - 1) == 0, "a Hadamard transform needs a power of two"
-    y = x.float()
-    step = 1
-    while step < dim:
-        y = y.unflatten(-1, (dim // (2 * step), 2, step))
-        a, b = y.unbind(-2)
-        y = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        step *= 2
-    return (y * dim**-0.5).to(x.dtype)
+    transformed: Tensor = _Hadamard.apply(x)
+    return transformed
+
+
+class _Hadamard(torch.autograd.Function):
+    """The transform is its own gradient. Numbers lie transposed meanwhile, so that every sum is one of long rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        dim = x.shape[-1]
+        assert dim & (dim - 1) == 0, "a Hadamard transform needs a power of two"
+        y = x.reshape(-1, dim).mT.float().contiguous()
+        other, step = torch.empty_like(y), 1
+        while step < dim:
+            pairs, sums = (each.view(dim // (2 * step), 2, step, y.shape[1]) for each in (y, other))
+            torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
+            torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
+            y, other, step = other, y, 2 * step
+        return (y * dim**-0.5).to(x.dtype).mT.reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return hadamard_transform(grad)
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
