@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,6 +34,8 @@ from keye.media.video import VideoReader
 MAX_FAULTS: Final = 10_000
 #: Images that one worker opens.
 _TOGETHER: Final = 64
+#: Samples that are in memory at once.
+_MOST_SAMPLES: Final = 1024
 _INTERVAL: Final = 0.2
 #: Rows that are looked at for each that is to have media.
 _TRIES: Final = 50
@@ -163,23 +165,44 @@ class _Check:
     def open_media(self, rows: Sequence[tuple[int, int]]) -> None:
         """Opens the media of some rows, each medium with the same options once."""
         clock = _Clock("media", len(rows), lambda *report: self._emit(*report))
-        sets, outcomes = self._copies(opens=True), dict[object, Outcome]()
+        known, done = dict[object, Outcome](), 0
         with ThreadPoolExecutor(2) as pool:
-            for begin in range(0, len(rows), _TOGETHER):
-                batch = rows[begin : begin + _TOGETHER]
-                samples = list(self._read(sets, batch))
+            for count, samples in self._read_batches(rows, known):
                 images = {_key(image): image for sample in samples for image in _images(sample)}
                 videos = {_key(video): video for sample in samples for video in _videos(sample)}
-                images, videos = _without(images, outcomes), _without(videos, outcomes)
+                images, videos = _without(images, known), _without(videos, known)
                 pictures = pool.submit(_open_images, images)
-                outcomes.update(zip(videos, pool.map(_open_video, videos.values()), strict=True))
-                outcomes.update(pictures.result())
-                self.media_checked += len(images) + len(videos)
+                outcomes = dict(zip(videos, pool.map(_open_video, videos.values()), strict=True)) | pictures.result()
+                # Media in memory are named by no later row.
+                known.update((key, outcome) for key, outcome in outcomes.items() if isinstance(key, str))
+                self.media_checked += len(outcomes)
                 for sample in samples:
-                    self.faults += [Skip(sample.place, reason) for reason in _find_faults(sample, outcomes)]
-                for key in [key for key in outcomes if not isinstance(key, str)]:
-                    del outcomes[key]  # media in memory, which no later row names
-                clock.report(begin + len(batch))
+                    reasons = _find_faults(sample, ChainMap(outcomes, known))
+                    self.faults += [Skip(sample.place, reason) for reason in reasons]
+                done += count
+                clock.report(done)
+
+    def _read_batches(
+        self, rows: Sequence[tuple[int, int]], known: Mapping[object, Outcome]
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """Numbers of rows and their samples with media, so many as have a batch of media that are not known. Pictures
+        are opened where their sizes are needed."""
+        sets = self._copies(opens=True)
+        samples, count, unknown = list[Sample](), 0, set[object]()
+        for number, index in rows:
+            count += 1
+            try:
+                sample = sets[number].sample(index)
+            except BadRow as error:
+                self.faults.append(Skip(sets[number].rows.place(index), str(error)))
+                continue
+            samples.append(sample)
+            unknown.update(key for key in map(_key, (*_images(sample), *_videos(sample))) if key not in known)
+            if len(unknown) >= _TOGETHER or len(samples) >= _MOST_SAMPLES:
+                yield count, samples
+                samples, count, unknown = [], 0, set()
+        if count:
+            yield count, samples
 
     def _copies(self, *, opens: bool) -> list[OpenSet]:
         """The sets with notes of their own: those of rows that are read again are not counted."""
@@ -192,14 +215,6 @@ class _Check:
         """Progress of media, once all rows are read."""
         if self._on_progress is not None and not self._reading:
             self._on_progress(what, done, total, left)
-
-    def _read(self, sets: Sequence[OpenSet], rows: Sequence[tuple[int, int]]) -> Iterator[Sample]:
-        """The samples of rows, their pictures opened where their sizes are needed."""
-        for number, index in rows:
-            try:
-                yield sets[number].sample(index)
-            except BadRow as error:
-                self.faults.append(Skip(sets[number].rows.place(index), str(error)))
 
 
 def _key(medium: object) -> object:
