@@ -86,7 +86,7 @@ def _count(segments: Sequence[Segment]) -> int:
 
 def _find_core(operands: Operands, sets: Tensor | None) -> CDLL | None:
     """The compiled core where it computes these."""
-    return registry.find_core(operands.q, len(operands.q)) if sets is not None and train.takes(operands) else None
+    return registry.find_core(operands.q, len(operands.q)) if train.takes(operands, sets) else None
 
 
 class _Attention(torch.autograd.Function):
@@ -99,10 +99,10 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         operands = Operands(q, k, v, indexer_q, indexer_k, gate)
         core = _find_core(operands, sets)
-        if core is None or sets is None:
+        if core is None:
             saved, kl_sum = tree_tiles.forward(operands, segments, sets, teach=teach)
         else:
-            saved, kl_sum = train.forward(core, operands, sets, teach=teach)
+            saved, kl_sum = train.forward(core, operands, segments, sets, teach=teach)
         ctx.segments = segments
         # Saved tensors, not attributes: activation checkpointing drops and recomputes those alone.
         ctx.save_for_backward(*operands, sets, *saved)
@@ -115,8 +115,8 @@ class _Attention(torch.autograd.Function):
         operands, sets, saved = Operands(*tensors[:6]), tensors[6], Saved(*tensors[7:])
         needs = Needs(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:6]))
         core = _find_core(operands, sets)
-        if core is None or sets is None:
+        if core is None:
             gradients = tree_tiles.backward(operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
         else:
-            gradients = train.backward(core, operands, sets, saved, grad_out, grad_kl, needs)
+            gradients = train.backward(core, operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
         return (*gradients, None, None, None)

@@ -20,12 +20,9 @@ from keye.ops.backend import Kernel, Selected, Stretch
 from keye.ops.cpu import build as cpu_build
 from keye.ops.cpu import quantized, train
 from keye.ops.cpu.build import Status
+from keye.ops.cpu.train import MASKED_UP_TO
 from keye.ops.kv_blocks import RowFormat
 
-#: Up to this many times k keys, attention of a prefill block over its sets is computed over every key with a mask:
-#: packing tiles once for all queries then beats reading each query's rows. `masked_crossover` of
-#: `python -m benchmarks.attention` measures it.
-MASKED_UP_TO: Final = 1.125
 #: A library that was not built before is built when a context first grows beyond this: it takes seconds.
 BUILD_ABOVE: Final = 2048
 #: Queries whose sets `select` and `attend` hold at once.

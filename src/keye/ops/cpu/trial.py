@@ -155,11 +155,11 @@ def check_training(backend: CpuBackend) -> None:
         q, k, v, indexer_q, indexer_k, gate = (torch.randn(shape, generator=generator) for shape in shapes)
         operands = Operands(*(x.to(dtype) for x in (q, k, v, indexer_q, indexer_k)))._replace(gate=gate)
         upstream = torch.randn(50, 4, 32, generator=generator).to(dtype)
-        ours, _ = train.forward(library, operands, sets, teach=True)
+        ours, _ = train.forward(library, operands, (), sets, teach=True)
         wanted, _ = tree_tiles.forward(operands, (), sets, teach=True)
         rest = (upstream, torch.tensor(1.0), Needs(attention=True, indexer=True))
         pairs = [
-            (ours.out, wanted.out), *zip(train.backward(library, operands, sets, ours, *rest),
+            (ours.out, wanted.out), *zip(train.backward(library, operands, (), sets, ours, *rest),
                                          tree_tiles.backward(operands, (), sets, wanted, *rest), strict=True)
         ]  # fmt: skip
         for mine, other in pairs:

@@ -145,12 +145,37 @@ inline void tile_masks(const Sets *sets, int n, int64_t first, int64_t tile, int
     }
 }
 
+// Rows of a tile as panels: row(i, slot) is the operand of row i, and stays valid until its slot is used again.
+template <class P, class Row> inline void pack_panels(int dim, Row row, float *panels) {
+    const int units = dim / P::PAIR;
+    for (int at = 0; at < DENSE_TILE; at += LANES) {
+        const float *lanes[LANES];
+        for (int i = 0; i < LANES; i++) lanes[i] = (const float *)row(at + i, i);
+        pack_panel(lanes, units, panels + (int64_t)at * units);
+    }
+}
+
+// The same rows, `count` of them, as dense_values reads them.
+template <class P, class Row> inline void pack_values(int dim, int count, Row row, float *packed) {
+    for (int s = 0; s < count / P::PAIR; s++) {
+        const typename P::Elem *pair[P::PAIR];
+        for (int i = 0; i < P::PAIR; i++) pair[i] = row(s * P::PAIR + i, i);
+        for (int d = 0; d < dim; d += 2 * LANES) {
+            V x, y;
+            P::expand(pair, d, &x, &y);
+            float *to = packed + (int64_t)d * (DENSE_TILE / P::PAIR) + s * 2 * LANES;
+            vstore(to, x);
+            vstore(to + LANES, y);
+        }
+    }
+}
+
 // Packs keys and values of one head at positions tile .. stop; the rest of the tile becomes zeros.
 template <class P>
 inline void pack_tile(const Source<P> &keys, const Source<P> &values, int head, int64_t tile, int64_t stop,
                       DenseScratch &scratch) {
     using Elem = typename P::Elem;
-    const int dim = keys.padded, units = dim / P::PAIR;
+    const int dim = keys.padded;
     Elem *copies = (Elem *)scratch.row_copies.get((int64_t)LANES * dim * (int64_t)sizeof(Elem) / 2);
     alignas(64) static const Elem zeros[MAX_DIM] = {};
     auto row = [&](const Source<P> &source, int64_t position, int slot) -> const Elem * {
@@ -159,24 +184,10 @@ inline void pack_tile(const Source<P> &keys, const Source<P> &values, int head, 
         source.decode(position, head, copies + (int64_t)slot * dim);
         return copies + (int64_t)slot * dim;
     };
-    float *packed = scratch.keys.get((int64_t)DENSE_TILE * units);
-    for (int at = 0; at < DENSE_TILE; at += LANES) {
-        const float *lanes[LANES];
-        for (int i = 0; i < LANES; i++) lanes[i] = (const float *)row(keys, tile + at + i, i);
-        pack_panel(lanes, units, packed + (int64_t)at * units);
-    }
-    float *packed_values = scratch.values.get((int64_t)DENSE_TILE * dim / P::PAIR);
-    for (int s = 0; s < DENSE_TILE / P::PAIR; s++) {
-        const Elem *pair[P::PAIR];
-        for (int i = 0; i < P::PAIR; i++) pair[i] = row(values, tile + s * P::PAIR + i, i);
-        for (int d = 0; d < dim; d += 2 * LANES) {
-            V x, y;
-            P::expand(pair, d, &x, &y);
-            float *to = packed_values + (int64_t)d * (DENSE_TILE / P::PAIR) + s * 2 * LANES;
-            vstore(to, x);
-            vstore(to + LANES, y);
-        }
-    }
+    pack_panels<P>(dim, [&](int i, int slot) { return row(keys, tile + i, slot); },
+                   scratch.keys.get((int64_t)DENSE_TILE * dim / P::PAIR));
+    pack_values<P>(dim, DENSE_TILE, [&](int i, int slot) { return row(values, tile + i, slot); },
+                   scratch.values.get((int64_t)DENSE_TILE * dim / P::PAIR));
 }
 
 // DENSE_ROWS rows against the packed tile. `masks` holds one pointer a row.

@@ -13,6 +13,20 @@ extern "C" {
 //
 // A backward pass computes the gradients of q, k and v where grad_q is not null, and those of the indexer where
 // grad_indexer_q is not null; grad_k, grad_v and grad_indexer_k are of `dtype`, grad_gate is float32.
+//
+// Dense attention (`sets` null, or, in a forward pass that only replaces outputs, read as masks) goes by blocks of queries.
+// A block is some pieces, runs of queries, whose segments have the same ancestors: the rows of its intervals, in order. A
+// piece's own keys follow them, from own_row on; its first query sees own_before of them and the next one.
+struct KeyeTrainBlock {
+    int64_t first_piece, last_piece, first_interval, last_interval;
+};
+struct KeyeTrainPiece {
+    int64_t query, count, own_row, own_before;
+};
+struct KeyeTrainInterval {
+    int64_t start, stop;
+};
+
 struct KeyeTrain {
     const void *q, *k, *v, *indexer_q, *indexer_k;
     const float *gate;
@@ -22,7 +36,10 @@ struct KeyeTrain {
     const void *grad_out;
     void *grad_q, *grad_k, *grad_v, *grad_indexer_q, *grad_indexer_k;
     float *grad_gate;
-    int64_t queries, keys, width;
+    const KeyeTrainBlock *blocks;
+    const KeyeTrainPiece *pieces;
+    const KeyeTrainInterval *intervals;
+    int64_t queries, keys, width, block_count;
     double kl;  // the loss after a forward pass; its gradient before a backward pass
     int32_t dtype, heads, groups, dim, indexer_heads, indexer_dim, threads, reserved;
 };

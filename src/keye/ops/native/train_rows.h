@@ -12,6 +12,12 @@ constexpr int TRAIN_TILE = 512;         // rows of keys that all queries of a bl
 constexpr int VISIT_ROOM = BATCH_KEYS + 2 * LANES;  // numbers of a head in one visit
 constexpr float LN_2 = 0.6931471805599453f;
 
+// Float32 sums of the gradients of rows first .. first + rows.
+struct KeySums {
+    float *k = nullptr, *v = nullptr, *indexer_k = nullptr;
+    int64_t first = 0;
+};
+
 // Queries begin .. begin + n and their sets.
 struct TrainBlock {
     int64_t begin;

@@ -12,12 +12,6 @@ struct TrainScratch {
     Buffer<float> x, y, logits, probs, scores, sums, packed, mean, group;
 };
 
-// Float32 sums of the gradients of rows first .. first + rows.
-struct KeySums {
-    float *k = nullptr, *v = nullptr, *indexer_k = nullptr;
-    int64_t first = 0;
-};
-
 template <class P> class SparseBlock {
   public:
     using Elem = typename P::Elem;
