@@ -116,7 +116,7 @@ def test_outputs_are_those_of_inference_to_the_last_bit(best_backend, mode, dtyp
         rows = segment.rows(0, segment.length, out.device)
         parts = {"k": operands.k, "v": operands.v, "indexer_k": operands.indexer_k[:, None]}
         blocks, n = {name: stored(x[rows]) for name, x in parts.items()}, len(rows)
-        memory = [kept for _, kept in blocks.values()]
+        memory = [own for _, own in blocks.values()]
         stretch = Stretch(0, n, 0, None, None, {name: rows for name, (rows, _) in blocks.items()})
         queries = torch.cat((torch.arange(trunk), torch.arange(segment.start, segment.stop)))
         wanted = torch.empty(n, 4, 64, dtype=dtype)
