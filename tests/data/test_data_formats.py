@@ -382,6 +382,8 @@ def test_columns_take_our_names(folder: Path) -> None:
     path = lines(folder / "a.jsonl", {"ask": "What?", "say": "Red.", "pic": "a.png", "junk": {"bytes": "x"}})
     columns = {"ask": "query", "say": "response", "pic": "image", "junk": "ignore"}
     assert described(read(path, columns=columns)[0]) == EXPECTED
+    turned = {"query": "ask", "response": "say", "image": "pic", "junk": "ignore"}
+    assert described(read(path, columns=turned)[0]) == EXPECTED
     for wrong, reason in (
         ({"ask": "qury"}, "did you mean query"),
         ({"asks": "query"}, "no row of .* has the column asks"),

@@ -146,13 +146,16 @@ def test_a_bad_row_is_skipped_with_its_line_and_the_reason(row: Any, reason: str
 
 def test_too_many_bad_rows_are_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [talk(i) if i % 50 else "{" for i in range(2000)])
+    few = write_lines(tmp_path / "b.jsonl", [talk(i) if i % 20 else "{" for i in range(400)])
+    with pytest.raises(KeyeError, match=r"20 of 400 rows cannot"):
+        list(open_samples([DataSet(few)], seed=0, epochs=3))
     with pytest.raises(KeyeError, match=r"of 1,\d+ rows cannot be learnt from, more than 1%"):
         list(open_samples([DataSet(path)], seed=0, epochs=1))
 
 
 def test_nothing_but_bad_rows_is_an_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", ["{"] * 3)
-    with pytest.raises(KeyeError, match="none of the 3 rows can be learnt from; the first is .*a.jsonl:"):
+    with pytest.raises(KeyeError, match="none of the 3 rows can be learnt from; the last is .*a.jsonl:"):
         list(open_samples([DataSet(path)], seed=0, epochs=None))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from keye.data.files.open import open_rows
 from keye.data.files.rows import RowFile
 from keye.data.formats import grounding
 from keye.data.formats.context import Context, GroundQuestion, Notes, Paths, default_question
-from keye.data.formats.detect import check_columns, convert, explain_unknown, find_format, name_fields
+from keye.data.formats.detect import convert, explain_unknown, find_format, name_fields, orient_columns, rename_fields
 from keye.data.formats.events import EventRows, JoinedRows
 from keye.data.formats.registry import find_registered, read_registry
 from keye.data.mixing import Mixer, Order, derive_key, quota
@@ -145,21 +146,22 @@ def open_set(dataset: DataSet, *, ground_question: GroundQuestion = default_ques
 
 
 def _find_rows(rows: RowFile, context: Context, where: Path) -> tuple[RowFile, Context]:
-    """The rows as they are learnt: those of several events parted. The first rows decide in which way."""
-    present, is_known, charades, events, moments = dict[str, None](), False, 0, 0, 0
+    """The rows as they are learnt: those of several events parted, those of one event joined. The first rows decide."""
+    looked_at, is_known, charades, events, moments = list[Mapping[str, Any]](), False, 0, 0, 0
     for index in range(min(_LOOKED_AT, len(rows))):
-        try:
-            raw = rows.read(index).fields
-            present.update(dict.fromkeys(context.prepare(raw) if context.prepare is not None else raw))
-            fields = name_fields(raw, context)
-            charades += tuple(fields) == ("text",) and bool(grounding.CHARADES.fullmatch(str(fields["text"]).strip()))
+        with suppress(BadRow):
+            fields = rows.read(index).fields
+            looked_at.append(fields if context.prepare is None else context.prepare(fields))
+    present = dict.fromkeys(name for fields in looked_at for name in fields)
+    context = replace(context, columns=orient_columns(context.columns, present, where))
+    for raw in looked_at:
+        fields = rename_fields(raw, context.columns)
+        known = find_format(tuple(fields))
+        charades += tuple(fields) == ("text",) and bool(grounding.CHARADES.fullmatch(str(fields["text"]).strip()))
+        with suppress(BadRow):
             events += grounding.events_of(fields) is not None
-            known = find_format(tuple(fields))
-            moments += known is not None and known.read is grounding.read_moment and "start" in fields
-            is_known = is_known or bool(events) or known is not None
-        except BadRow:
-            continue
-    check_columns(context.columns, present, where)
+        moments += known is not None and known.read is grounding.read_moment and "start" in fields
+        is_known = is_known or bool(events) or known is not None
     if present and not is_known:
         raise KeyeError(f"{where}: {explain_unknown(present)}")
     if charades:
@@ -235,11 +237,11 @@ class SampleStream(Iterator[Sample]):
     def __next__(self) -> Sample:
         while True:
             if self._end is not None and self._read >= self._end:
-                self._check_all_bad()
+                self._check_bad(at_end=True)
                 raise StopIteration
             drawn = self._mixer.take()
             if drawn is None:
-                self._check_all_bad()
+                self._check_bad(at_end=True)
                 self._epoch += 1
                 self._start_epoch(None)
                 continue
@@ -262,13 +264,17 @@ class SampleStream(Iterator[Sample]):
         if skip.place not in self._places and len(self.skipped) < MAX_SKIPS:
             self._places.add(skip.place)
             self.skipped.append(skip)
-        if self._bad > max(_LENIENT * MAX_BAD, MAX_BAD * self._read) and self._read >= _LENIENT:
-            raise KeyeError(f"{self._bad:,} of {self._read:,} rows cannot be learnt from, more than {MAX_BAD:.0%}; the "
-                            f"last is {skip}")  # fmt: skip
+        self._check_bad(at_end=False)
 
-    def _check_all_bad(self) -> None:
-        if self._bad >= self._read and self.skipped:
-            raise KeyeError(f"none of the {self._read:,} rows can be learnt from; the first is {self.skipped[0]}")
+    def _check_bad(self, *, at_end: bool) -> None:
+        """`KeyeError` where too many rows are bad; the first thousand of an epoch decide nothing before its end."""
+        last = f"; the last is {self.skipped[-1]}" if self.skipped else ""
+        if at_end and self._bad >= self._read:
+            raise KeyeError(f"none of the {self._read:,} rows can be learnt from{last}")
+        if (at_end or self._read >= _LENIENT) and self._bad > max(_LENIENT * MAX_BAD, MAX_BAD * self._read):
+            raise KeyeError(
+                f"{self._bad:,} of {self._read:,} rows cannot be learnt from, more than {MAX_BAD:.0%}{last}"
+            )
 
     def _check(self, state: Mapping[str, Any]) -> None:
         """`KeyeError` where the state is of other data."""

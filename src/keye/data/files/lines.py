@@ -94,7 +94,10 @@ class CsvFile(LineFile):
             raise KeyeError(f"{self.path} has no line with the names of its columns")
         first = decode(super().line(0)).strip("\r\n")
         self._separator = max(",\t;", key=first.count)
-        self.columns = [name.strip() for name in next(csv.reader([first], delimiter=self._separator))]
+        try:
+            self.columns = [name.strip() for name in next(csv.reader([first], delimiter=self._separator), [])]
+        except csv.Error as error:
+            raise KeyeError(f"{self.path}:1 does not name columns as CSV ({error})") from None
         if len(self.columns) > MAX_COLUMNS or len(set(self.columns)) < len(self.columns):
             raise KeyeError(f"{self.path}:1 names {len(self.columns):,} columns, too many or one of them twice")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import hashlib
 import json
 import re
@@ -138,7 +137,7 @@ def _is_table(head: bytes) -> bool:
     """Whether the first line names columns that we know, and nothing but columns."""
     first = head.partition(b"\n")[0].decode(errors="replace").strip()
     separator = max(",\t;", key=first.count)
-    names = [name.strip().lower() for name in next(csv.reader([first], delimiter=separator), [])] if first else []
+    names = [name.strip(' "').lower() for name in first.split(separator)]
     return len(names) > 1 and all(name.isidentifier() for name in names) and bool(_COLUMNS.intersection(names))
 
 

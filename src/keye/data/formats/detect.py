@@ -88,8 +88,12 @@ def find_format(names: tuple[str, ...]) -> Format | None:
 
 def name_fields(fields: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """The fields of a row that have a value, under our names."""
-    named = context.prepare(fields) if context.prepare is not None else fields
-    return {name: value for name, value in rename(named, context.columns).items() if value is not None}
+    return rename_fields(context.prepare(fields) if context.prepare is not None else fields, context.columns)
+
+
+def rename_fields(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that have a value, with the columns renamed."""
+    return {name: value for name, value in rename(fields, columns).items() if value is not None}
 
 
 def convert(row: Row, context: Context) -> Sample:
@@ -156,12 +160,21 @@ def _judge_unknown(names: tuple[str, ...], known: Format) -> tuple[tuple[str, ..
     return tuple(harmless), None
 
 
-def check_columns(columns: Mapping[str, str], present: Collection[str], where: object) -> None:
-    """`KeyeError` for a column that no row has, and for one that is mapped to a name that means nothing."""
-    for theirs, ours in columns.items():
-        if ours not in OURS:
+def orient_columns(columns: Mapping[str, str], present: Collection[str], where: object) -> dict[str, str]:
+    """Our names of columns by those of the file, which people give in either order: that of which rows have one is the
+    file's. `KeyeError` for a column that no row has, and for a name that means nothing."""
+    oriented: dict[str, str] = {}
+    for first, second in columns.items():
+        if first in present and second in OURS:
+            oriented[first] = second
+        elif second in present and first in OURS:
+            oriented[second] = first
+        elif first in present or second in present:
+            theirs, ours = (first, second) if first in present else (second, first)
             near = closest(ours, OURS)
             fix = f"did you mean {near}?" if near else f"names are {', '.join(sorted(OURS))}"
             raise KeyeError(f"the column {theirs} of {where} is named {ours}, which means nothing; {fix}")
-        if theirs not in present:
+        else:
+            theirs = second if first in OURS and second not in OURS else first
             raise KeyeError(f"no row of {where} has the column {theirs}; it has {', '.join(sorted(present)[:12])}")
+    return oriented
