@@ -36,7 +36,7 @@ from tests.support.tiny import tiny_folder
 
 def write_run(folder: Path, output: str, arguments: argparse.Namespace) -> Path:
     """The file of a run."""
-    stage = FamilyStage(name="learn", steps=arguments.steps, trains="all", attention="sparse", max_tokens=48, batch=2,
+    stage = FamilyStage(name="learn", steps=arguments.steps, trains="all", attention="sparse", max_tokens=64, batch=2,
                         lr=1e-3, data=(DataConfig(path=str(folder / "rows.jsonl")),))  # fmt: skip
     run = FamilyConfig(model=folder / "model", output=folder / output, stages=(stage,), fresh=True, fused=False,
                        processes=arguments.processes, save_steps=2, save_minutes=0.05, log_seconds=0.0)  # fmt: skip

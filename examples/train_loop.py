@@ -6,8 +6,8 @@ What `keye finetune` and `keye train` do, without their configuration, checkpoin
 laid out by the code of inference, packed as trees, learnt by sparse attention with the indexer's loss, and the result
 is a folder that every command loads. Read it from `main` upwards, and change what you want to try.
 
-DATA has one conversation a line, in any format of docs/data-formats.md; by default four questions about the bundled clip
-are written to FOLDER and learnt. The model is keye-nano, the optimiser Muon with AdamW, as in its own recipe.
+DATA has one conversation a line, in any format of docs/data-formats.md; by default four questions about the bundled
+clip are written to FOLDER and learnt. The model is keye-nano, the optimiser Muon with AdamW, as in its own recipe.
 
 Shapes are the suffixes of names:
     T tokens of a pack: what samples share (a video, a question) stands once

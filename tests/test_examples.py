@@ -131,3 +131,11 @@ def test_the_manifest_of_a_batch(tmp_path: Path) -> None:
     assert records["red"]["text"] == "[[3.0, 8.5]]"
     events = records["red, in the form of OpenAI's batches"]["response"]
     assert events["body"]["choices"][0]["message"]["content"] == "[[3.0, 8.5]]"
+
+
+def test_the_training_loop_learns_and_its_folder_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = ROOT / "examples/train_loop.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 200
+    losses = runpy.run_path(str(script))["main"]("", str(tmp_path), "3")
+    assert losses[2] < losses[0]
+    assert f"The model is in {tmp_path}." in capsys.readouterr().out

@@ -44,8 +44,9 @@ def train_text(config: FamilyConfig, **options: Any) -> list[dict[str, Any]]:
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
-    return [json.loads(line) for line in (output / LOG_FILE).read_text().splitlines()]
+    """The steps in a run's log."""
+    lines = [json.loads(line) for line in (output / LOG_FILE).read_text().splitlines()]
+    return [line for line in lines if "step" in line]
 
 
 def torchrun(config: FamilyConfig, processes: int, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from keye.config import ConfigError
 from keye.train.config import ParallelSettings
 from keye.train.mesh import check_sizes
 from tests.support.distributed import largest_difference, read_log, text_run, text_stage, torchrun, train_text
+from tests.support.training import weights
 
 SHARDED = ParallelSettings(shard=True)
 
@@ -19,6 +20,17 @@ def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path: P
     assert len(alone) == 50 and alone[-1]["loss"] < alone[0]["loss"]
     assert largest_difference(alone, shared) < 1e-5
     assert largest_difference(alone, shared, "grad_norm") < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_processes_that_divide_the_tokens_have_the_losses_of_one(tmp_path: Path, attention) -> None:
+    stage = text_stage(tmp_path, steps=20, trains="all", attention=attention, router_z=0.001)
+    alone = train_text(text_run(tmp_path, "one", stage))
+    for number, parallel in enumerate((ParallelSettings(context=2), ParallelSettings(context=2, shard=True))):
+        divided = train_text(text_run(tmp_path, f"divided {number}", stage, processes=2, parallel=parallel))
+        for name in ("loss", "grad_norm", "balance", *(["kl"] if attention == "sparse" else [])):
+            assert largest_difference(alone, divided, name) < 2e-5, name
 
 
 @pytest.mark.slow
@@ -34,6 +46,27 @@ def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, processes, dtype
     assert largest_difference(alone, read_log(config.output)) < tolerance
 
 
-def test_sizes_that_do_not_divide() -> None:
-    with pytest.raises(ConfigError, match=r"parallel.context is 3, which does not divide the 4 processes"):
-        check_sizes(ParallelSettings(context=3), 4)
+@pytest.mark.slow
+def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path) -> None:
+    stage = text_stage(tmp_path, steps=20, trains="all", attention="sparse")
+    config = text_run(tmp_path, "one", stage)
+    alone = train_text(config)
+    kinds = [(2, ParallelSettings(expert=2)), (4, ParallelSettings(expert=2, context=2, shard=True))]
+    for processes, parallel in kinds:
+        divided = text_run(tmp_path, f"divided {processes}", stage, processes=processes, parallel=parallel)
+        log = train_text(divided)
+        for name in ("loss", "grad_norm"):
+            assert largest_difference(alone, log, name) < 2e-5, name
+        left, right = weights(config.output), weights(divided.output)
+        assert left.keys() == right.keys()
+        assert max(float((left[name] - right[name]).abs().max()) for name in left) < 1e-4
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"context": 3}, "parallel.context is 3, which does not divide the 4 processes of the run"),
+    ({"expert": 3}, "parallel.expert is 3, which does not divide the 4 processes of the run"),
+    ({"expert": 4}, "parallel.expert is 4, which does not divide the 6 experts of a layer"),
+])  # fmt: skip
+def test_sizes_that_do_not_divide(fields, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_sizes(ParallelSettings(**fields), 4, 6)

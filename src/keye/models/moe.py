@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from keye.config import TextConfig
 from keye.models.layers import MLP, Layer
 from keye.ops.cpu.gemv import LEAST_EXPERT_NUMBERS
+from keye.ops.elementwise import Elementwise
 from keye.ops.registry import find_grouped_matmul, mix_experts, score_experts
 
 #: Rows of one expert's matrix product are padded to a multiple of this in large steps: CPU libraries build a kernel for
@@ -38,14 +39,7 @@ class Experts(Layer):
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each expert -> [rows, d]."""
-        if (matmul := find_grouped_matmul(x, self.gate_up_proj)) is not None:
-            return matmul(self.elementwise.swiglu(matmul(x, self.gate_up_proj, sizes)), self.down_proj, sizes)
-        if _has_gradients(x, self.gate_up_proj, self.down_proj):
-            inner = self.elementwise.swiglu(GroupedProduct.apply(x, self.gate_up_proj, sizes))
-            out: Tensor = GroupedProduct.apply(inner, self.down_proj, sizes)
-            return out
-        weights = zip(x.split(sizes), self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
-        return torch.cat([self.elementwise.swiglu(part @ up) @ down for part, up, down in weights if part.shape[0]])
+        return run_experts(x, self.gate_up_proj, self.down_proj, sizes, self.elementwise)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -60,6 +54,18 @@ class Experts(Layer):
     def project_down(self, x: Tensor, sizes: list[int]) -> Tensor:
         """The second one: [rows, I] -> [rows, d]."""
         return _multiply(x, self.down_proj, sizes)
+
+
+def run_experts(x: Tensor, gate_up: Tensor, down: Tensor, sizes: list[int], elementwise: Elementwise) -> Tensor:
+    """`x` [rows, d] sorted by expert through weights [E, d, 2I] and [E, I, d]: [rows, d]."""
+    if (matmul := find_grouped_matmul(x, gate_up)) is not None:
+        return matmul(elementwise.swiglu(matmul(x, gate_up, sizes)), down, sizes)
+    if _has_gradients(x, gate_up, down):
+        out: Tensor = GroupedProduct.apply(elementwise.swiglu(GroupedProduct.apply(x, gate_up, sizes)), down, sizes)
+        return out
+    weights = zip(x.split(sizes), gate_up.unbind(0), down.unbind(0), strict=True)
+    parts = [elementwise.swiglu(part @ up) @ own for part, up, own in weights if part.shape[0]]
+    return torch.cat(parts) if parts else x @ x.new_zeros(x.shape[1], down.shape[2])
 
 
 def _multiply(x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:

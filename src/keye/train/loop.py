@@ -214,8 +214,9 @@ class Run:
             with torch.no_grad():
                 while (batch := source.next()) is not None:
                     for micro in batch.micro:
+                        moved = self.mesh.keep_own_labels(move_batch(micro, self.model.device))
                         with self.mesh.gathered(self.model):
-                            total += float(objective.loss(self.model, move_batch(micro, self.model.device), 1.0))
+                            total += float(objective.loss(self.model, moved, 1.0))
                     count += batch.count
         finally:
             source.close()
@@ -277,9 +278,10 @@ class Step:
         try:
             for micro in batch.micro:
                 with run.mesh.gathered(run.model) as anchor:
-                    part = self.objective.loss(run.model, move_batch(micro, run.model.device), batch.count)
+                    moved = run.mesh.keep_own_labels(move_batch(micro, run.model.device))
+                    part = self.objective.loss(run.model, moved, batch.count)
                     loss += float(part.detach())
-                    (part + anchor).backward()
+                    (part + anchor + run.mesh.anchor()).backward()
                 self.optimizer.add_gradients()
         except RuntimeError as error:
             if is_out_of_memory(error):

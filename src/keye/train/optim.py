@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from keye.train.config import StageConfig
-from keye.train.parallel import Group, copies_of, cut_parts, is_cut_first, is_divided, join_parts, local_part
+from keye.train.parallel import (
+    Group,
+    copies_of,
+    cut_parts,
+    is_cut_first,
+    is_divided,
+    join_parts,
+    local_part,
+    sum_copies,
+)
 from keye.train.parts import choose_parameters
 
 _COEFFICIENTS = ((4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
@@ -105,6 +114,8 @@ class Optimizer:
                 if name not in self._grads:
                     self._grads[name] = torch.zeros_like(local_part(p), dtype=torch.float32)
         grads, copies = self._grads, {name: copies_of(p, self.group.size) for name, p in self.parameters.items()}
+        for name, grad in grads.items():
+            sum_copies(grad, self.parameters[name])
         self.group.sum([grad for name, grad in grads.items() if copies[name] == self.group.size])
         if not grads:
             return 0.0

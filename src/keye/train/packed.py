@@ -8,7 +8,7 @@ Legend: T tokens, H heads, G groups, D head dim, E experts, n queries of a hint,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -34,6 +34,18 @@ class AttentionHint:
     first: Tensor
     targets: Tensor
     head: int = 0
+
+
+@dataclass(frozen=True)
+class RowShare:
+    """The tokens start .. stop of a pack that this process computes, where several divide them. `gather` is all rows
+    of a tensor of which each has its own, with gradients; `sum` adds up tensors of the processes, without."""
+
+    start: int
+    stop: int
+    parts: int
+    gather: Callable[[Tensor], Tensor]
+    sum: Callable[[Tensor], Tensor]
 
 
 class RouterFigures(NamedTuple):
@@ -75,11 +87,25 @@ class TreeStep:
         self.routers: dict[int, RouterFigures] = {}
         self.hidden: dict[int, Tensor] = {}
         self._inside: Tensor | None = None
+        self.share: RowShare | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many processes divide the pack."""
+        return 1 if self.share is None else self.share.parts
+
+    def divide(self, share: RowShare) -> None:
+        """Has this process compute the tokens of `share` alone. Keys and values are gathered, losses are this process's
+        part of those of all tokens: their sum over the processes is the loss."""
+        self.share, self.segments = share, cut_segments(self.segments, share.start, share.stop)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, index: IndexerOutput | None) -> Tensor:
         for hint in self.hints:
             if hint.layer == layer:
                 self.hint_losses.setdefault(hint.name, hint_loss(hint, q, k))
+        if self.share is not None:
+            k, v = self.share.gather(k), self.share.gather(v)
+            index = None if index is None else index._replace(k=self.share.gather(index.k))
         if index is None:
             return attend_dense(q, k, v, self.segments)
         operands = q, k, v, index.q, index.k, index.gate, self.segments
@@ -111,7 +137,8 @@ class TreeStep:
     def kl(self) -> Tensor:
         """The indexer's loss, summed over groups (2.0 report), per query and layer."""
         figures = self.indexer.values()
-        return torch.stack([figure.kl_sum for figure in figures]).sum() / sum(figure.rows for figure in figures)
+        rows = self._sum(float(sum(figure.rows for figure in figures)))
+        return torch.stack([figure.kl_sum for figure in figures]).sum() / rows
 
     def recalls(self) -> list[Recall]:
         """How the keys of each layer compare with the best."""
@@ -127,15 +154,23 @@ class TreeStep:
 
         `counts` [layers, E] and `tokens` are those of all processes; the sum of their results is then the loss.
         """
-        counts = self.expert_counts() if counts is None else counts
+        counts = self._sum_counts(self.expert_counts()) if counts is None else counts
         routers = list(self.routers.values())
-        means = torch.stack([router.probabilities for router in routers]) / (tokens or routers[0].tokens)
+        tokens = tokens or self._sum(routers[0].tokens)
+        means = torch.stack([router.probabilities for router in routers]) / tokens
         return counts.shape[1] * (counts / counts.sum(1, keepdim=True) * means).sum(1).mean()
 
     def z(self, tokens: float | None = None) -> Tensor:
         """Mean over layers of the router z-loss (ST-MoE): the mean of (log sum_e exp logits[e])^2 over tokens."""
         routers = list(self.routers.values())
-        return torch.stack([router.z for router in routers]).mean() / (tokens or routers[0].tokens)
+        return torch.stack([router.z for router in routers]).mean() / (tokens or self._sum(routers[0].tokens))
+
+    def _sum(self, value: float) -> float:
+        """The sum of a number over the processes that divide the pack."""
+        return value if self.share is None else float(self.share.sum(torch.tensor(value, dtype=torch.float64)))
+
+    def _sum_counts(self, counts: Tensor) -> Tensor:
+        return counts if self.share is None else self.share.sum(counts)
 
     def _find_inside(self, length: int, device: torch.device) -> Tensor | None:
         """The tokens of all segments, None where that is every token."""
@@ -157,6 +192,17 @@ def link_segments(rows: tuple[tuple[int, int, int], ...]) -> tuple[Segment, ...]
         begin, before = (keys[-1][0], keys[:-1]) if keys and keys[-1][1] == start else (start, keys)
         linked.append(Segment(start, stop, (*before, (begin, stop)), first))
     return tuple(linked)
+
+
+def cut_segments(segments: Sequence[Segment], start: int, stop: int) -> tuple[Segment, ...]:
+    """What of the segments lies in rows start .. stop, which are numbered from 0 then; keys stay where they are."""
+    cut = []
+    for segment in segments:
+        first, last = max(segment.start, start), min(segment.stop, stop)
+        if first < last:
+            keys = (*segment.keys[:-1], (segment.keys[-1][0], last))
+            cut.append(Segment(first - start, last - start, keys, segment.first + first - segment.start))
+    return tuple(cut)
 
 
 def hint_loss(hint: AttentionHint, q_THD: Tensor, k_TGD: Tensor) -> Tensor:

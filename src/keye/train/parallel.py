@@ -232,6 +232,14 @@ def copies_of(tensor: Tensor, size: int) -> int:
     return size // parts
 
 
+def sum_copies(grad: Tensor, like: Tensor) -> None:
+    """Sums the gradient of a part over the processes that hold the same part of a tensor."""
+    if isinstance(like, DTensor):
+        for dimension, place in enumerate(like.placements):
+            if place.is_replicate() and like.device_mesh.size(dimension) > 1:
+                dist.all_reduce(grad, group=like.device_mesh.get_group(dimension))
+
+
 def join_parts(part: Tensor, like: Tensor) -> Tensor:
     """All of a tensor that is divided as `like` is, from the parts of the processes."""
     assert isinstance(like, DTensor)

@@ -200,6 +200,14 @@ class FamilyConfig(TrainConfig):
     recipe: Literal["family"] = "family"
     stages: tuple[FamilyStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
 
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Self:
+        others = [stage for stage in self.stages if stage.objective != "next_token"]
+        if self.parallel.context > 1 and others:
+            raise ValueError(f'parallel.context divides next tokens alone; leave it out with objective = '
+                             f'"{others[0].objective}" (stage {others[0].name!r})')  # fmt: skip
+        return self
+
     def resolve(self, folder: Path) -> Self:
         run = super().resolve(folder)
         return run.model_copy(update={"stages": tuple(stage.resolve(folder) for stage in self.stages)})

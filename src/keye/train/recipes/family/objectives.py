@@ -34,11 +34,11 @@ class PackObjective:
         total = torch.zeros(())
         if self.mode != "dense":
             kl = step.kl()
-            self.figures.add("kl", float(kl.detach()))
+            self.figures.add("kl", float(kl.detach()), 1 / step.parts)
             total = total + self.stage.indexer_kl * kl
         if self.mode != "warmup" and step.routers:
             balance, z = step.balance(), step.z()
-            self.figures.add("balance", float(balance.detach()))
+            self.figures.add("balance", float(balance.detach()), 1 / step.parts)
             total = total + self.stage.balance * balance + self.stage.router_z * z
         return share * total
 
@@ -56,5 +56,5 @@ class NextToken(PackObjective):
         log_probs = token_log_probs(model.logits, hidden[rows], micro.labels[rows])
         loss = -(micro.weights[rows] * log_probs).sum()
         if weight:
-            self.figures.add("loss", float(loss.detach()), weight)
+            self.figures.add("loss", float(loss.detach()), weight / step.parts)
         return loss / count + side

@@ -105,3 +105,9 @@ class NanoConfig(TrainConfig):
 
     recipe: Literal["nano"]
     stages: tuple[NanoStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> NanoConfig:
+        if self.parallel.context > 1:
+            raise ValueError('parallel.context divides the tokens of files alone; leave it out with recipe = "nano"')
+        return self
