@@ -70,25 +70,25 @@ def main() -> None:
         write_rows(folder / "rows.jsonl", [talk(f"What is {n}? " * (1 + n % 5), f"red circle {n}") for n in range(90)])
         begin = time.monotonic()
         assert start(write_run(folder, "straight", arguments)).wait() == 0
-        seconds, places = time.monotonic() - begin, []
-        path = write_run(folder, "killed", arguments)
-        while len(places) < arguments.kills:
+        seconds, places, differ, runs, is_open = time.monotonic() - begin, [], 0, 0, True
+        expected = load_file(folder / "straight" / "model.safetensors")
+        while len(places) < arguments.kills or is_open:
+            path = write_run(folder, f"killed {runs}", arguments)
+            output = path.with_suffix("")
             run = start(path)
             try:
-                code = run.wait(rng.uniform(0.2, 0.9) * seconds)
+                left = len(places) < arguments.kills
+                assert run.wait(rng.uniform(0.3, 1.0) * seconds if left else None) == 0, "the run failed"
             except subprocess.TimeoutExpired:
                 os.kill(run.pid, signal.SIGKILL)
                 run.wait()
-                places.append(where(folder / "killed"))
+                places.append(where(output))
+                is_open = True
                 continue
-            assert code == 0, "the run failed"
-            break
-        if len(places) == arguments.kills:
-            assert start(path).wait() == 0
-        left, right = (load_file(folder / name / "model.safetensors") for name in ("straight", "killed"))
-        differ = [name for name in left if not torch.equal(left[name], right[name])]
-        print(json.dumps({"processes": arguments.processes, "kills": len(places), "tensors": len(left),
-                          "differ": len(differ), "killed_at": places}, indent=2))  # fmt: skip
+            tensors, runs, is_open = load_file(output / "model.safetensors"), runs + 1, False
+            differ += sum(not torch.equal(tensor, tensors[name]) for name, tensor in expected.items())
+        print(json.dumps({"processes": arguments.processes, "runs": runs, "kills": len(places),
+                          "tensors": len(expected), "differ": differ, "killed_at": places}, indent=2))  # fmt: skip
 
 
 if __name__ == "__main__":
