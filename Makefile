@@ -47,7 +47,7 @@ check: lint docs slow
 VENV_ORACLES ?= .venv-oracles
 $(VENV_ORACLES)/.ready: tests/oracles.txt $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV_ORACLES) --requirement tests/oracles.txt \
-	    && touch $@ || echo "PEFT and compressed-tensors could not be installed: nothing is compared with them"
+	    && touch $@ || echo "PEFT, trl and compressed-tensors could not be installed: nothing is compared with them"
 
 slow: $(VENV)/.dev $(VENV_ORACLES)/.ready
 	$(BIN)/python -m pytest -m slow $(ARGS) || [ $$? -eq 5 ]  # 5: no test is marked slow

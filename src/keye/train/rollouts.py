@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from keye.cache.slabs import KVOptions
 from keye.config import load_generation_config
@@ -20,6 +21,7 @@ from keye.engine.engine import Engine
 from keye.engine.prompt import ContextBudget, Prompt
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
+from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.train.layout import Layout
@@ -50,6 +52,9 @@ class Sampler:
 
     def __init__(self, model: KeyeModel, folder: Path, *, attention: AttentionMode, max_tokens: int) -> None:
         """`folder` has the tokenizer and the template; prompts and replies of more than `max_tokens` are errors."""
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise KeyeError("replies are sampled from a model that each process holds whole: set shard = false, and "
+                            "tensor, expert and context to 1, in [parallel]")  # fmt: skip
         self.model, self.max_tokens = model, max_tokens
         self.layout = Layout.of_folder(folder)
         builder = self.layout.builder

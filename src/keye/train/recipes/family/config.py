@@ -198,6 +198,9 @@ class FamilyConfig(TrainConfig):
     """A run with `recipe = "family"`, the default."""
 
     recipe: Literal["family"] = "family"
+    fused: bool = False
+    """Compile element-wise operations; replies and log-probabilities in training then differ from the engine's by
+    rounding."""
     stages: tuple[FamilyStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
 
     @model_validator(mode="after")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,9 @@ from keye.train.recipe import Figures
 from keye.train.recipes.family.config import FamilyStage
 from keye.train.tree import IGNORE
 
+#: One of so many micro-batches measures the recall of the selected keys, which costs dense attention twice.
+RECALL_INTERVAL: Final = 50
+
 
 class PackObjective:
     """The forward pass of a pack, and the losses that do not depend on what is learnt from its tokens."""
@@ -21,12 +26,14 @@ class PackObjective:
     def __init__(self, stage: FamilyStage, model: KeyeModel, cache: FeatureCache | None = None) -> None:
         """`cache` keeps the visual features that packs were loaded from."""
         self.stage, self.figures, self.heads, self.cache = stage, Figures(), nn.Module(), cache
-        self.mode = stage.attention
+        self.mode, self._passes = stage.attention, 0
 
     def forward(self, model: KeyeModel, packed: Packed[Tensor]) -> tuple[Tensor, TreeStep]:
         """Hidden states [T, d] of a pack, and the step that has watched the layers."""
         visual = encode_media(model, packed, self.cache)
-        step = TreeStep(packed.segments, model.config.text, self.mode)
+        measure = self.mode != "dense" and torch.is_grad_enabled() and self._passes % RECALL_INTERVAL == 0
+        self._passes += torch.is_grad_enabled()
+        step = TreeStep(packed.segments, model.config.text, self.mode, measure_recall=measure)
         return model(model.embed(packed.token_ids, visual), packed.position_ids, step), step
 
     def side_losses(self, step: TreeStep, share: float) -> Tensor:
@@ -35,10 +42,14 @@ class PackObjective:
         if self.mode != "dense":
             kl = step.kl()
             self.figures.add("kl", float(kl.detach()), 1 / step.parts)
+            for recall in step.recalls():
+                self.figures.add("recall", recall.against_best)
             total = total + self.stage.indexer_kl * kl
         if self.mode != "warmup" and step.routers:
             balance, z = step.balance(), step.z()
+            counts = step.expert_counts()
             self.figures.add("balance", float(balance.detach()), 1 / step.parts)
+            self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
             total = total + self.stage.balance * balance + self.stage.router_z * z
         return share * total
 
