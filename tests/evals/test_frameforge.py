@@ -257,5 +257,13 @@ def test_an_exam_of_chosen_tasks_asks_about_nothing_else():
     assert sum(len(chosen) for _, chosen in exam(options)) == 30
     with pytest.raises(KeyeError, match="tasks holds 'colour'"):
         EvalOptions(tasks=("colour",))
-    with pytest.raises(KeyeError, match="chosen for clips, but scene is 'close'"):
-        EvalOptions(tasks=("place",), scene="close")
+    for field in ({"tasks": ("place",)}, {"clock": (0.0, 0.5)}):
+        with pytest.raises(KeyeError, match="chosen for clips, but scene is 'close'"):
+            EvalOptions(**field, scene="close")
+
+
+def test_an_exam_with_a_clock_shows_the_same_scenes_at_those_times():
+    options = {"questions": 20, "frames": (4, 6)}
+    drawn, plain = (list(exam(EvalOptions(**options, clock=clock))) for clock in (None, (3.0, 0.5)))
+    assert [clip.scene for clip, _ in plain] == [clip.scene for clip, _ in drawn[: len(plain)]]
+    assert all(clip.timestamps[:2] == (3.0, 3.5) for clip, _ in plain)

@@ -82,6 +82,7 @@ class EvalOptions:
     max_tokens: int = 96
     scene: Literal["clip", "window", "close"] = "clip"
     tasks: tuple[str, ...] = ()
+    clock: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         fewest, most = self.frames
@@ -103,8 +104,9 @@ class EvalOptions:
             raise KeyeError(f"scene is {self.scene!r}, but only clips go through video files; leave mp4 out")
         if unknown := sorted(set(self.tasks) - set(frameforge.TASKS)):
             raise KeyeError(f"tasks holds {unknown[0]!r}; choose from {', '.join(frameforge.TASKS)}")
-        if self.tasks and self.scene != "clip":
-            raise KeyeError(f"tasks are chosen for clips, but scene is {self.scene!r}; leave one of them out")
+        for name in ("tasks", "clock"):
+            if getattr(self, name) and self.scene != "clip":
+                raise KeyeError(f"{name} is chosen for clips, but scene is {self.scene!r}; leave one of them out")
         check_kv_format(self.kv)
         check_kv_format(self.indexer_kv)
         if self.max_tokens < 1:
@@ -139,15 +141,15 @@ def evaluate(runtime: Runtime, options: EvalOptions, progress: Progress | None =
 
 def exam(options: EvalOptions) -> Iterator[tuple[Clip, list[Question]]]:
     """The clips with their questions, as many in all as asked for. Depends on split, frames, objects, seed,
-    scene and tasks."""
+    scene, tasks and clock."""
     rng = frameforge.stream(options.split, options.seed, "evaluation")
     left = options.questions
     while left:
         seed, frames = rng.getrandbits(60), rng.randint(*options.frames)
         if options.scene == "clip":
-            clip = frameforge.make_clip(
-                seed, frames=frames, objects=options.objects, split=options.split, size=FRAME_SIZE
-            )
+            start, step = options.clock or (None, None)
+            clip = frameforge.make_clip(seed, frames=frames, objects=options.objects, split=options.split,
+                                        size=FRAME_SIZE, start=start, step=step)  # fmt: skip
             questions = frameforge.questions(clip, rng, rng.randint(*QUESTIONS_PER_CLIP), tasks=options.tasks or None)[
                 :left
             ]

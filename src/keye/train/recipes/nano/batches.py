@@ -72,7 +72,7 @@ class PackedBatch(Generic[Array]):
     int64 [n, 3], start, stop and number of the segment above in the sequences [B, P + L] laid behind one another: of
     each, the trunk (-1 above) and then its questions in order;
     `positions` int64 [B, 3, P + L]; `time_ids` int64 [B, F, 2], the tokens of each frame's timestamp (F is 0 for
-    pictures). `keye.train.recipes.nano.evidence` describes the rest."""
+    pictures, and for frames without times). `keye.train.recipes.nano.evidence` describes the rest."""
 
     frames: Array
     trunk_ids: Array
@@ -210,7 +210,7 @@ class BatchMaker:
             return ids + [self.image_pad] * cells + self.suffix, []
         for seconds in clip.timestamps:
             text = self.tokenizer.encode(self.processor.frame_text.format(seconds=seconds), special=True)
-            times.append(text[-2:])
+            times += [text[-2:]] if len(text) > 2 else []
             ids += text + [self.video_pad] * cells
         return ids + self.suffix, times
 
