@@ -6,9 +6,19 @@ import sys
 import numpy as np
 import pytest
 
+from keye.chat.messages import Message
+from keye.chat.template import CHATML
 from keye.data.frameforge import make_clip, questions, render, stream
 from keye.train.batches import derived_seed
-from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, PackedBatch, batch_maker, make_batch
+from keye.train.recipes.nano.batches import (
+    IGNORE,
+    NO_THOUGHT,
+    THOUGHT,
+    VISION_TARGETS,
+    PackedBatch,
+    batch_maker,
+    make_batch,
+)
 from keye.train.recipes.nano.config import Mix
 from tests.support.tiny import NANO
 from tests.support.training import assert_same, nano_stage, question_spans
@@ -116,3 +126,26 @@ def test_pictures_are_asked_about_as_images():
     tasks = {answer.question.task for answer in batch.answers}
     assert {"count", "presence"} <= tasks
     assert not any("video" in a.question.text or "seconds" in a.question.text for a in batch.answers)
+
+
+def test_thinking_prompts_are_those_of_inference():
+    """What opens a reply in training is what the chat template adds to a prompt in that mode."""
+    for thinking, opening in ((True, THOUGHT), (False, NO_THOUGHT), (None, "")):
+        segment = CHATML.render([Message("user", ("q",))], thinking=thinking)[-1]
+        assert str(segment.value).endswith(f"<|im_start|>assistant\n{opening}")
+        assert NO_THOUGHT.startswith(THOUGHT)
+
+
+def test_a_thinking_stage_asks_in_all_forms():
+    mix = (Mix(frames=8, clips=4, questions=16),)
+    stage = nano_stage("think", steps=1, mix=mix, thinking=0.8, task_weights={"count": 9.0, "order": 9.0})
+    batch, maker = make_batch(stage, NANO, 3), batch_maker(NANO)
+    openings, think = set(), maker.tokenizer.encode("</think>", special=True)[0]
+    for answer in batch.answers:
+        head = batch.tail_ids[answer.row, max(0, answer.start - 14) : answer.start + 1].tolist()
+        text = maker.tokenizer.decode(head).rpartition("assistant\n")[2]
+        reply = batch.labels[answer.row, answer.start : answer.stop].tolist()
+        openings.add(text)
+        assert (think in reply) == (text == THOUGHT)
+        assert maker.tokenizer.decode(reply[:-1]).endswith(answer.question.answer)
+    assert openings == {"", THOUGHT, NO_THOUGHT}

@@ -8,7 +8,7 @@ import pytest
 from keye.data.frameforge import dense_labels, make_clip, questions
 from keye.data.frameforge.labels import CHARACTER_IDS
 from keye.data.frameforge.words import COLORS, SHAPES
-from keye.train.recipes.nano.batches import batch_maker
+from keye.train.recipes.nano.batches import THOUGHT, batch_maker, choose_form
 from keye.train.recipes.nano.evidence import events_of
 from tests.support.tiny import NANO
 
@@ -255,3 +255,23 @@ def test_sightings_are_the_centres_of_the_visible_objects():
         (thing,) = [t for t in clip.scene.visible_objects(frame) if batch.layout.cell(clip, t, frame)[0] == place]
         signs = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(thing.motion, (0, 0))
         assert np.sign((right, down)).tolist() == list(signs if frame > thing.first else (0, 0))
+
+
+def test_times_of_a_reasoning_point_at_their_frames():
+    maker, checked = batch_maker(NANO), 0
+    for seed in range(20):
+        clip = make_clip(seed, frames=10, objects=4)
+        chosen = questions(clip, random.Random(0), 12, tasks=["count", "order", "times"])
+        forms = [choose_form(clip, question, 1.0, random.Random(2)) for question in chosen]
+        batch = maker.pack([clip], [chosen], forms=[forms])
+        for answer, form in zip(batch.answers, forms, strict=True):
+            assert form.opening == THOUGHT
+            reply = [*batch.labels[0, answer.start : answer.stop - 1].tolist()]
+            assert maker.tokenizer.decode(reply) == form.reply
+            assert maker.end == batch.labels[0, answer.stop - 1 : answer.stop].tolist()
+        for pointer in batch.pointers:
+            if pointer.kind in ("start", "end") and pointer.place >= 0:
+                text = f"{clip.timestamps[pointer.frame]:.1f}"
+                assert maker.tokenizer.decode([int(batch.labels[0, pointer.place])]) in (text[:-2], text[-2:])
+                checked += 1
+    assert checked > 50

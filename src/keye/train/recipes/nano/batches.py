@@ -31,11 +31,13 @@ from keye.data.frameforge import (
     picture_questions,
     questions,
     render,
+    trace,
     window_questions,
 )
 from keye.media.positions import build_position_ids
 from keye.media.sizes import compute_frame_sizes
 from keye.train.batches import BatchService, StepBatch, derived_seed
+from keye.train.modes import write_reply
 from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
 from keye.train.recipes.nano.evidence import (
     Array,
@@ -53,6 +55,28 @@ from keye.train.recipes.nano.evidence import (
 
 IGNORE = -100
 CAPITAL_CHANCE = 0.25
+#: What a prompt ends with that asks for reasoning, and one that asks for none.
+THOUGHT, NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a question is answered: what opens the reply, which belongs to the prompt, and the reply itself."""
+
+    opening: str
+    reply: str
+
+
+def choose_form(clip: Clip, question: Question, thinking: float, rng: random.Random) -> Form:
+    """A question in a thinking mode with the chance `thinking`: in two of three after its reasoning where it has some,
+    else with the opening that asks for none; the others without an opening."""
+    if rng.random() >= thinking:
+        return Form("", question.answer)
+    reasoning = trace(clip, question)
+    if not reasoning or rng.random() < 1 / 3:
+        return Form(NO_THOUGHT, question.answer)
+    reply = write_reply(question.answer, reasoning, "think", "prefill")
+    return Form(THOUGHT, reply.removeprefix(THOUGHT))
 
 
 @dataclass(frozen=True)
@@ -141,7 +165,11 @@ class BatchMaker:
             if drawn:
                 clips.append(clip)
                 chosen_questions.append(_capitalise(drawn, rng))
-        return self.pack(clips, chosen_questions, pictures=mix.pictures)
+        forms = None
+        if config.thinking:
+            forms = [[choose_form(clip, question, config.thinking, rng) for question in items]
+                     for clip, items in zip(clips, chosen_questions, strict=True)]  # fmt: skip
+        return self.pack(clips, chosen_questions, pictures=mix.pictures, forms=forms)
 
     def _windows(self, mix: Mix, rng: random.Random) -> PackedBatch[NDArray]:
         """A batch of windows in one aspect ratio."""
@@ -153,8 +181,9 @@ class BatchMaker:
         return self.pack(clips, [_capitalise(window_questions(clip, rng, mix.questions), rng) for clip in clips])
 
     def pack(
-        self, clips: Sequence[Clip], questions: Sequence[Sequence[Question]], *, pictures: bool = False
-    ) -> PackedBatch[NDArray]:
+        self, clips: Sequence[Clip], questions: Sequence[Sequence[Question]], *, pictures: bool = False,
+        forms: Sequence[Sequence[Form]] | None = None,
+    ) -> PackedBatch[NDArray]:  # fmt: skip
         """Packs clips of equally many frames and one size with their questions, each frame as the processor would size
         it; `pictures` shows the only frame as an image."""
         film = clips[0].size
@@ -166,7 +195,12 @@ class BatchMaker:
         grid = np.tile([1, rows * patch, columns * patch], (clips[0].frames, 1))
         trunk_positions, delta = build_position_ids(trunk_ids[0], {pad: grid}, merge_size=patch)
         first = trunk_ids.shape[1] + delta
-        rendered = [[self._render(question) for question in items] for items in questions]
+        if forms is None:
+            forms = [[Form("", question.answer) for question in items] for items in questions]
+        rendered = [
+            [self._render(question, form) for question, form in zip(items, own, strict=True)]
+            for items, own in zip(questions, forms, strict=True)
+        ]
         places = [find_places([len(head) + len(tail) - 1 for _, head, tail in items]) for items in rendered]
         shape = (len(clips), max(row[-1][1] for row in places))
         tail_ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
@@ -182,7 +216,8 @@ class BatchMaker:
             first_token, trunk = row * (length + shape[1]), len(segments)
             segments.append((first_token, first_token + length, -1))
             pointers += trunk_pointers(clips[row], layout, row)
-            for (question, head, tail), (start, stop) in zip(items, places[row], strict=True):
+            answered = zip(items, places[row], forms[row], strict=True)
+            for (question, head, tail), (start, stop), form in answered:
                 segments.append((first_token + length + start, first_token + length + stop, trunk))
                 answer = start + len(head) - 1
                 tail_ids[row, start:stop] = head + tail[:-1]
@@ -193,7 +228,7 @@ class BatchMaker:
                     comparisons.append(compared)
                 findings += self.pointers.findings(clips[row], question, head, row, start)
                 pointers += self.pointers.of_question(clips[row], layout, question, head, row, start)
-                pointers += self.pointers.of_answer(clips[row], layout, question, tail, row, answer)
+                pointers += self.pointers.of_answer(clips[row], layout, question, form.reply, tail, row, answer)
         positions = np.concatenate(
             [np.broadcast_to(trunk_positions, (len(clips), *trunk_positions.shape)),
              np.broadcast_to((first + offsets)[:, None], (len(clips), 3, shape[1]))], axis=2)  # fmt: skip
@@ -214,10 +249,10 @@ class BatchMaker:
             ids += text + [self.video_pad] * cells
         return ids + self.suffix, times
 
-    def _render(self, question: Question) -> tuple[Question, list[int], list[int]]:
-        """The question with its token ids: question and turn, answer and end."""
-        head = self.tokenizer.encode(question.text) + self.turn
-        return question, head, self.tokenizer.encode(question.answer) + self.end
+    def _render(self, question: Question, form: Form) -> tuple[Question, list[int], list[int]]:
+        """The question with its token ids: question and turn, reply and end."""
+        head = self.tokenizer.encode(question.text) + self.turn + self.tokenizer.encode(form.opening, special=True)
+        return question, head, self.tokenizer.encode(form.reply, special=True) + self.end
 
     def vision(self, config: NanoTable, seed: int) -> VisionBatch[NDArray]:
         """A batch of single frames for the vision stage."""

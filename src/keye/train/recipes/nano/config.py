@@ -55,6 +55,9 @@ class NanoTable(Settings):
     """Share of clips that start at 0 seconds with two frames a second."""
     task_weights: dict[str, Weight] = Field(default_factory=dict)
     """How often a task is asked about, relative to the others."""
+    thinking: Share = 0.0
+    """Share of the questions that are asked in a thinking mode: most of those that reasoning helps are answered after
+    it, the others have the opening that asks for none."""
     time_binding: Weight = 0.0
     """Weight of the helper loss by which tokens of a frame name its time."""
     pointing: Weight = 0.0

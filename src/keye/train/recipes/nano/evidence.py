@@ -287,19 +287,19 @@ class PointerMaker:
         return clip.timestamps.index(float(named[1])), place
 
     def of_answer(
-        self, clip: Clip, layout: TrunkLayout, question: Question, tail: list[int], row: int, start: int
+        self, clip: Clip, layout: TrunkLayout, question: Question, reply: str, tail: list[int], row: int, start: int
     ) -> Iterator[Pointer]:
-        """Pointers of the tokens that predict `tail`, the first of which is tail position `start`."""
-        times = [float(text) for text in _TIME.findall(question.answer)]
+        """Pointers of the tokens that predict `tail`, those of `reply`, the first of which is tail position `start`."""
+        times = [float(text) for text in _TIME.findall(reply)]
         places = [index for index, token in enumerate(tail) if token in self._tenths]
         if len(times) == len(places):
             for number, (seconds, index) in enumerate(zip(times, places, strict=True)):
-                is_end = number % 2 == 1 or question.task == "end"
+                is_end = question.task == "end" or (number % 2 == 1 and question.task not in ("count", "order"))
                 frame = clip.timestamps.index(seconds)
                 spans = (layout.span(frame, int(is_end)),)
                 for place in (start + index - 1, start + index):
                     yield Pointer("end" if is_end else "start", row, place, frame, spans)
-        if question.task == "order":
+        if question.task == "order" and not times:
             first = min(thing.first for thing in clip.scene.objects if thing.name in question.text)
             for index in range(len(tail) - 1):
                 yield Pointer("start", row, start + index, first, (layout.span(first),))
