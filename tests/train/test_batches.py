@@ -142,8 +142,8 @@ def test_a_thinking_stage_asks_in_all_forms():
     batch, maker = make_batch(stage, NANO, 3), batch_maker(NANO)
     openings, think = set(), maker.tokenizer.encode("</think>", special=True)[0]
     for answer in batch.answers:
-        head = batch.tail_ids[answer.row, max(0, answer.start - 14) : answer.start + 1].tolist()
-        text = maker.tokenizer.decode(head).rpartition("assistant\n")[2]
+        head = batch.tail_ids[answer.row, max(0, answer.start - 24) : answer.start + 1].tolist()
+        text = maker.tokenizer.decode(head).rpartition("ssistant\n")[2]
         reply = batch.labels[answer.row, answer.start : answer.stop].tolist()
         openings.add(text)
         assert (think in reply) == (text == THOUGHT)

@@ -216,8 +216,8 @@ class BatchMaker:
             first_token, trunk = row * (length + shape[1]), len(segments)
             segments.append((first_token, first_token + length, -1))
             pointers += trunk_pointers(clips[row], layout, row)
-            answered = zip(items, places[row], forms[row], strict=True)
-            for (question, head, tail), (start, stop), form in answered:
+            rows_of_answers = zip(items, places[row], forms[row], strict=True)
+            for (question, head, tail), (start, stop), form in rows_of_answers:
                 segments.append((first_token + length + start, first_token + length + stop, trunk))
                 answer = start + len(head) - 1
                 tail_ids[row, start:stop] = head + tail[:-1]
