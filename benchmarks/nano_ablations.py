@@ -2,7 +2,7 @@
 
 Without training, of finished weights (about a minute a row and core):
     python -m benchmarks.nano_ablations look [--model nano] [--n 600] >> results.jsonl
-Each training arm starts from one saved dense stage, whose indexer it starts from nothing, and takes at most 30 core minutes:
+Each training arm starts from one saved dense stage with a new indexer and takes at most 30 core minutes:
     python -m benchmarks.nano_ablations arms --dense FOLDER --output FOLDER [--only "no warm-up" ...] >> results.jsonl
 An arm that was interrupted goes on where it stopped. Markdown of what there is:
     python -m benchmarks.nano_ablations table results.jsonl
