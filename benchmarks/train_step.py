@@ -24,7 +24,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,7 @@ class Wide:
     """Two layers of 2.0's width over one sequence."""
 
     def __init__(self, mode: TrainMode, length: int) -> None:
-        raw = json.loads((asset("configs/2.0") / "config.json").read_text())
-        raw |= {"num_hidden_layers": 2, "num_experts": 16, "vocab_size": 8, "tie_word_embeddings": True}
-        raw |= {"eos_token_id": 0, "image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3,
-                "vision_end_token_id": 4}  # fmt: skip
-        config = replace(model_config_from_dict(raw), has_vision=False)
-        self.model, self.mode, self.length = wide_model(config), mode, length
+        self.model, self.mode, self.length = random_model(wide_config()), mode, length
         self.trained = [Trained(name, p, False, 1e-4) for name, p in self.model.model.layers.named_parameters()]
 
     def make(self, number: int) -> Any:
@@ -116,8 +110,15 @@ class Wide:
         return torch.tensor([[0, self.length, -1]])
 
 
-def wide_model(config: KeyeConfig) -> KeyeModel:
-    """Random weights in bfloat16."""
+def wide_config(experts: int = 16) -> KeyeConfig:
+    """Keye-VL 2.0 with two layers, the experts of a layer, and nano's vocabulary."""
+    raw, nano = (json.loads((folder / "config.json").read_text()) for folder in (asset("configs/2.0"), NANO))
+    own = {name: value for name, value in nano.items() if name.endswith("_token_id") or name == "vocab_size"}
+    return model_config_from_dict({**raw, **own, "num_hidden_layers": 2, "num_experts": experts})
+
+
+def random_model(config: KeyeConfig) -> KeyeModel:
+    """Weights in bfloat16."""
     with torch.device("meta"):
         model = KeyeModel(config)
     model = model.bfloat16().to_empty(device="cpu").train()
