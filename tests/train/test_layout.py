@@ -119,6 +119,16 @@ def test_modes_ask_as_inference_asks(release: str, mode: str | None, shared: Sha
     assert text.endswith(f"{reply}<|im_end|>") and learnt_text(layout, path).endswith("ed.<|im_end|>")
 
 
+def test_the_layout_of_a_folder_follows_its_own_template(shared: Shared) -> None:
+    layout = Layout.of_folder(shared("checkpoints/keye-vl-8b-preview"))
+    item = sample("Hi!", "Hello.", "And now?", "<think>\nHm.\n</think>\n\nBye.")
+    (path,) = layout.lay_out(item).paths
+    assert texts(layout, path.token_ids).startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    assert learnt_text(layout, path) == "Hello.<|im_end|><think>\nHm.\n</think>\n\nBye.<|im_end|>"
+    own = Layout.of_folder(shared("checkpoints/keye-vl-8b-preview"), template="keye")
+    assert own.lay_out(item).paths[0].token_ids.tolist() == path.token_ids.tolist()
+
+
 def test_tool_turns_keep_their_reasoning(shared: Shared) -> None:
     layout = official_layout("2.0", shared("checkpoints"))
     call = Message("assistant", ("<think>\nLook closer.\n</think>\n\n",), (ToolCall("zoom", {"at": 2}),))

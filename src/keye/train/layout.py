@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _THINKING = {"think": True, "no_think": False}
 _NO_THOUGHT = "<think>\n\n</think>\n\n"
 _TEXT_END = "<|endoftext|>"
+#: Frames of a video that stay in memory between their classification (1.5) and the time its pack is loaded: the samples
+#: of a step are laid out together.
+NATIVE_BYTES = 8 << 20
 
 
 class LengthError(KeyeError):
@@ -100,7 +103,8 @@ class Layout:
         check_tokenizer(tokenizer, config)
         own = template_of(config.release, defaults.default_system)
         chosen = choose_template(template, folder, config.release)
-        builder = PromptBuilder(config, tokenizer, Processor(load_processor_config(folder), decoder=decoder))
+        processor = Processor(load_processor_config(folder), decoder=decoder, native_bytes=NATIVE_BYTES)
+        builder = PromptBuilder(config, tokenizer, processor)
         return cls(
             builder, own if chosen is None else chosen.for_model(own, defaults.default_system),
             ends=defaults.eos_token_ids or config.eos_token_ids, max_tokens=max_tokens,
