@@ -95,7 +95,7 @@ class Run:
         except BaseException:
             self.close()
             raise
-        self.meter = Meter(self.model, group)
+        self.meter = Meter(self.model, group, config)
 
     def __enter__(self) -> Run:
         return self
@@ -130,6 +130,7 @@ class Run:
         elif self.config.fused:
             text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
             warnings.warn(text, stacklevel=2)
+        model.set_recompute(self.config.checkpointing)
         self.mesh.divide(model)
         return model
 

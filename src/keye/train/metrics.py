@@ -9,21 +9,28 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 
 from keye.models.keye import KeyeModel
 from keye.models.moe import MoE
+from keye.train.config import TrainConfig
 from keye.train.parallel import Group
+from keye.train.plan import measure_rate
+
+#: Seconds after which the rate of the device is measured, where it is not configured: not in runs of seconds.
+MEASURED_AFTER: Final = 60.0
 
 
 class Meter:
     """Counts what steps learn from; `take` returns rates since its last call and starts again. Rates are of all
     processes together, memory is that of the process that uses most."""
 
-    def __init__(self, model: KeyeModel, group: Group, peak: float | None = None) -> None:
-        self.group, self.device, self.peak = group, model.device, peak
-        self.model = model
+    def __init__(self, model: KeyeModel, group: Group, run: TrainConfig) -> None:
+        self.group, self.model, self.device = group, model, model.device
+        self.peak, self.dtype = run.peak_flops, run.dtype
+        self._start = time.monotonic()
         self._counts: dict[str, float] = defaultdict(float)
         self._waited, self._begin = 0.0, time.monotonic()
 
@@ -47,6 +54,8 @@ class Meter:
         figures = {"steps_per_second": steps / seconds, "waiting": self._waited / seconds,
                    "memory_bytes": max(self.group.collect(peak_memory(self.device)))}  # fmt: skip
         figures |= {f"{name}_per_second": sums[name] / seconds for name in ("tokens", "frames") if sums[name]}
+        if self.peak is None and self.group.rank == 0 and time.monotonic() - self._start > MEASURED_AFTER:
+            self.peak = measure_rate(str(self.device), self.dtype)
         if sums["tokens"] and self.peak is not None:
             work = step_flops(self.model, sums["tokens"], sums["patches"])
             figures["mfu"] = work / seconds / (self.peak * self.group.size)

@@ -19,6 +19,7 @@ from keye.data.sources import DataSet, SampleStream, open_samples
 from keye.errors import KeyeError
 from keye.files import complete_file
 from keye.sessions.search.questions import ground_question
+from keye.train.balance import Load, assign_packs
 from keye.train.batches import StepBatch
 from keye.train.features import FeatureCache
 from keye.train.layout import LaidOut, Layout, LengthError
@@ -238,9 +239,11 @@ class PackedBatches(Batches):
             packs = pack(samples, self.stage.max_tokens)
         else:
             packs = [single for sample in samples for single in pack([sample], self.stage.max_tokens)]
-        own = range(self.rank, -(-len(packs) // self.size) * self.size, self.size)
-        figures["tokens"] = float(sum(packs[number].length for number in own if number < len(packs)))
-        return [self.load(packs[number]) if number < len(packs) else self._filler(packs[0]) for number in own]
+        loads = [Load(each.length, sum(sample.visual_tokens for sample in each.samples)) for each in packs]
+        own = [packs[number] for number in assign_packs(loads, self.size)[self.rank]]
+        figures["tokens"] = float(sum(each.length for each in own))
+        missing = -(-len(packs) // self.size) - len(own)
+        return [*map(self.load, own), *(self._filler(packs[0]) for _ in range(missing))]
 
     def load(self, pack: Pack) -> Any:
         """The arrays of a pack."""

@@ -46,7 +46,9 @@ class PackObjective:
                 self.figures.add("recall", recall.against_best)
             total = total + self.stage.indexer_kl * kl
         if self.mode != "warmup" and step.routers:
-            balance, z = step.balance(), step.z()
+            balance, z, counts = step.balance(), step.z(), step.expert_counts()
+            # How many times its share the busiest expert of a layer gets, as the mean over layers.
+            self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
             counts = step.expert_counts()
             self.figures.add("balance", float(balance.detach()), 1 / step.parts)
             self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
