@@ -54,19 +54,25 @@ def test_what_the_core_does_not_take_is_computed_plainly(best_backend) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_gradients_results_are_the_same_and_gradients_the_plain_ones(best_backend, dtype: torch.dtype) -> None:
-    small = cpu.make(best_backend.library())
+@pytest.mark.parametrize("forward", [True, False])
+def test_with_gradients_results_are_the_same_and_gradients_the_plain_ones(
+    best_backend, dtype: torch.dtype, forward: bool
+) -> None:
+    small = cpu.make(best_backend.library(), forward=forward)
     torch.manual_seed(0)
     x, delta = torch.randn(2, 9, 4, 64).to(dtype)
     (weight, bias), (cos, sin) = torch.randn(2, 64).to(dtype), torch.randn(2, 9, 32)
     for name, inputs in {
         "rms_norm": (x, weight, 1e-6), "add_rms_norm": (x, delta, weight, 1e-6),
         "norm_rotate": (x, weight, 1e-6, cos, sin), "index_query": (x, weight, 1e-6, cos, sin),
-        "index_key": (x, weight, bias, 1e-6, cos, sin),
+        "index_key": (x, weight, bias, 1e-6, cos, sin), "swiglu": (x,),
     }.items():  # fmt: skip
         gradients, outputs = [], []
         for used in (small, PLAIN):
-            leaves = [y.clone().requires_grad_(y.dtype == dtype) if isinstance(y, Tensor) else y for y in inputs]
+            leaves = [y.clone() if isinstance(y, Tensor) else y for y in inputs]
+            for y, z in zip(leaves, inputs, strict=True):
+                if isinstance(y, Tensor):
+                    y.requires_grad_(z is not cos and z is not sin)
             out = getattr(used, name)(*leaves)
             outs = out if isinstance(out, tuple) else (out,)
             sum((y.float() ** 2).sum() for y in outs).backward()
@@ -76,5 +82,8 @@ def test_with_gradients_results_are_the_same_and_gradients_the_plain_ones(best_b
             again = getattr(small, name)(*inputs)
         for y, z in zip(outputs[0], again if isinstance(again, tuple) else (again,), strict=True):
             assert torch.equal(y, z)
+        if not forward:
+            assert all(map(torch.equal, *outputs))
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
         for y, z in zip(*gradients, strict=True):
-            assert torch.allclose(y.float(), z.float(), rtol=0.02, atol=0.02 * float(z.float().abs().max())), name
+            assert float((y.float() - z.float()).abs().max()) <= tolerance * float(z.float().abs().max()), name

@@ -228,6 +228,14 @@ def find_core(x: Tensor, rows: int) -> CDLL | None:
     return None if library is None else library(build=rows >= BUILD_ROWS)
 
 
+def find_training_elementwise(device: torch.device, width: int) -> Elementwise:
+    """The small operations for training a model of some width: results are those of inference to the last bit,
+    gradients are the compiled core's where it can be built."""
+    library = getattr(backends.of(device), "library", None)
+    core = None if library is None else library()
+    return PLAIN if core is None else cpu_elementwise.make(core, forward=width >= NATIVE_WIDTH)
+
+
 def _find_library(x: Tensor) -> CDLL | None:
     """The compiled core where it is the backend in use for a device."""
     library = getattr(backends.of(x.device), "library", None)

@@ -41,6 +41,7 @@ def select_keys(
     with torch.no_grad():
         long = [segment for segment in segments if segment.length > width]
         if long:
+            registry.find_core(q, len(q))  # built now, so that the first step of a run selects as all others do
             indexer_k = indexer_k.detach().contiguous()
             places = _places(tuple(long))
             copies = indexer_k[torch.from_numpy(places.copied).to(q.device)]

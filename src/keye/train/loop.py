@@ -21,7 +21,8 @@ from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model, torch_dtype
 from keye.models.quant_fill import quantized_weights
-from keye.ops.elementwise import compile_elementwise
+from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
+from keye.ops.registry import find_training_elementwise
 from keye.process import check_device
 from keye.train.batches import BatchProcess, StepBatch, derived_seed
 from keye.train.checkpoint import FOLDER, Checkpoints, Progress
@@ -125,14 +126,22 @@ class Run:
             if report.lacks_indexer:
                 raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
         self.recipe.begin_run(model, self.config)
-        if self.config.fused and (fused := compile_elementwise(model.device)) is not None:
-            model.set_elementwise(fused)
-        elif self.config.fused:
-            text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
-            warnings.warn(text, stacklevel=2)
+        model.set_elementwise(self._choose_elementwise(model))
         model.set_recompute(self.config.checkpointing)
         self.mesh.divide(model)
         return model
+
+    def _choose_elementwise(self, model: KeyeModel) -> Elementwise:
+        """The small operations: those of inference with gradients by the compiled core; else, where `fused` asks for
+        it, those that torch compiles, whose last bits may differ."""
+        elementwise = find_training_elementwise(model.device, model.config.text.hidden_size)
+        if elementwise is not PLAIN or not self.config.fused:
+            return elementwise
+        fused = compile_elementwise(model.device)
+        if fused is None:
+            text = "no C++ compiler works here, so element-wise operations stay unfused and slower"
+            warnings.warn(text, stacklevel=2)
+        return fused or PLAIN
 
     def train_stage(self, number: int) -> None:
         """Runs stage `number` to its end and saves."""

@@ -234,7 +234,7 @@ def load(library: Path) -> ctypes.CDLL:
     for name in ("keye_dense", "keye_sparse", "keye_select", "keye_attend"):
         function = getattr(core, name)
         function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_int
-    for name in ("keye_linear", "keye_mix_experts", "keye_norm"):
+    for name in ("keye_linear", "keye_mix_experts", "keye_norm", "keye_norm_backward", "keye_swiglu_backward"):
         getattr(core, name).argtypes, getattr(core, name).restype = (ctypes.c_void_p,), ctypes.c_int
     quantized.declare(core)
     train.declare(core)

@@ -3,6 +3,7 @@
 #include <memory>
 #include "threads.h"
 #include "train_dense.h"
+#include "train_norms.h"
 #include "train_sparse.h"
 
 using namespace keye;
@@ -21,6 +22,11 @@ struct Scratch {
 
 Scratch &scratch_of_thread() {
     thread_local Scratch scratch;
+    return scratch;
+}
+
+NormGradientScratch &norm_scratch_of_thread() {
+    thread_local NormGradientScratch scratch;
     return scratch;
 }
 
@@ -211,6 +217,14 @@ int keye_train_rows(int dtype) {
 
 int keye_train_forward(KeyeTrain *call) {
     return guarded([&] { return forward(*call); });
+}
+
+int keye_swiglu_backward(const KeyeSwigluBackward *call) {
+    return guarded([&] { return swiglu_backward(*call); });
+}
+
+int keye_norm_backward(const KeyeNormBackward *call) {
+    return guarded([&] { return norm_backward(*call, norm_scratch_of_thread); });
 }
 
 int keye_train_backward(const KeyeTrain *call) {

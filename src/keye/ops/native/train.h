@@ -44,9 +44,32 @@ struct KeyeTrain {
     int32_t dtype, heads, groups, dim, indexer_heads, indexer_dim, threads, reserved;
 };
 
+// Gradients of KeyeNorm (keye.h): of x, which with grad_sum is the sum and has that gradient too, contiguous, and float32
+// [dim] those of weight and, where grad_bias is not null, bias.
+struct KeyeNormBackward {
+    const void *x, *weight, *grad, *grad_sum;
+    const float *cos, *sin;
+    void *grad_x;
+    float *grad_weight, *grad_bias;
+    int64_t rows, heads, dim, stride;
+    float eps;
+    int32_t dtype, weight_dtype, is_centred, has_hadamard, threads;
+};
+
+// Gradient [rows, 2 * inner] of gate_up, gates in the first half, from that of silu(gate) * up [rows, inner]; inner is a
+// multiple of 16.
+struct KeyeSwigluBackward {
+    const void *gate_up, *grad;
+    void *grad_gate_up;
+    int64_t rows, inner;
+    int32_t dtype, threads;
+};
+
 // The dtype that rows of keys must have for tensors of a dtype.
 int keye_train_rows(int dtype);
-// Both return 0, or 1 when memory ran out.
+// All return 0, or 1 when memory ran out.
 int keye_train_forward(KeyeTrain *call);
 int keye_train_backward(const KeyeTrain *call);
+int keye_swiglu_backward(const KeyeSwigluBackward *call);
+int keye_norm_backward(const KeyeNormBackward *call);
 }
