@@ -44,5 +44,5 @@ def test_losses_of_every_stage(tmp_path: Path) -> None:
     assert len(records) == len(RECORDED)
     for record, expected in zip(records, RECORDED, strict=True):
         for name, value in expected.items():
-            rel = 0.05 if name == "grad_norm" else LOSS_TOLERANCE
+            rel = 0.05 if name in ("grad_norm", "kl/3") else LOSS_TOLERANCE  # of few tokens
             assert record[name] == pytest.approx(value, rel=rel), (record, name)
