@@ -37,6 +37,7 @@ from keye.config import KeyeConfig, TextConfig, load_model_config, model_config_
 from keye.hub import asset
 from keye.models.keye import KeyeModel
 from keye.ops.elementwise import compile_elementwise
+from keye.ops.registry import find_training_elementwise
 from keye.train.config import TrainMode
 from keye.train.optim import Optimizer, Trained, mark_trainable
 from keye.train.packed import TreeStep, link_segments
@@ -177,13 +178,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=("nano", "wide"), default="nano")
     parser.add_argument("--attention", choices=("dense", "warmup", "sparse"), default="sparse")
-    parser.add_argument("--fused", action="store_true", help="compile element-wise operations, as `fused = true` does")
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="compile element-wise operations by torch, as `fused = true` does where the compiled core cannot be built",
+    )
     parser.add_argument("--length", type=int, default=8192, help="tokens of the case wide")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     case = (Nano if arguments.case == "nano" else Wide)(arguments.attention, arguments.length)
+    width = case.model.config.text.hidden_size
+    case.model.set_elementwise(find_training_elementwise(case.model.device, width))  # as the loop does
     if arguments.fused and (fused := compile_elementwise(torch.device("cpu"))) is not None:
         case.model.set_elementwise(fused)
     settings = {name: getattr(arguments, name) for name in ("case", "attention", "fused", "threads")}
