@@ -149,8 +149,8 @@ def _run_backward(
         rows, heads, _ = x.shape
         x = x if x.stride()[1:] == (dim, 1) else x.contiguous()
         stride = x.stride(0)
-    kept = [y.contiguous() for y in (grad, grad_sum, cos, sin) if y is not None]
-    places = iter(y.data_ptr() for y in kept)
+    alive = [y.contiguous() for y in (grad, grad_sum, cos, sin) if y is not None]
+    places = iter(y.data_ptr() for y in alive)
     to_grad, to_sum, to_cos, to_sin = (0 if y is None else next(places) for y in (grad, grad_sum, cos, sin))
     grad_x, grad_weight = torch.empty(x.shape, dtype=x.dtype), torch.empty(dim)
     grad_bias = None if bias is None else torch.empty(dim)
