@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,15 @@ def test_a_missing_file_is_named_with_the_place(shared: Shared) -> None:
     layout = official_layout("2.0", shared("checkpoints"))
     with pytest.raises(KeyeError, match=r"data\.jsonl:3: .*gone\.mp4"):
         layout.lay_out(sample((Medium("video", "/gone.mp4"), "Hi"), "Hello.", line=3))
+
+
+def test_options_that_are_not_honoured_are_noted(shared: Shared, media: dict[str, tuple[Medium, ...]]) -> None:
+    layout = official_layout("2.0", shared("checkpoints"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        laid_out = layout.lay_out(sample((*media["small"], "Hi"), "Hello."))
+    (note,) = laid_out.notes
+    assert note.startswith("max_pixels=6272 cannot be met for a.mp4")
 
 
 def test_media_are_never_cut(shared: Shared, video: Path) -> None:

@@ -3,8 +3,9 @@ inference. Every learnt turn is the prompt that inference would have had for it,
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from keye.chat.tokenizer import Tokenizer, check_tokenizer
 from keye.config import load_generation_config, load_model_config, load_processor_config
 from keye.data.samples import Sample
 from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
-from keye.errors import KeyeError, Option
+from keye.errors import KeyeError, KeyeWarning, Option
 from keye.media.processor import Decoder, MediaItem, Processor
 from keye.train.tree import IGNORE, Path, Tree
 
@@ -43,13 +44,14 @@ class LaidOut:
     """A sample as paths of one tree: its learnt turns, and the reply that lost where it has one.
 
     `length` counts the tokens of the tree, `visual_tokens` the visual ones among them. Media are planned; the pixels
-    of videos are not decoded yet.
+    of videos are not decoded yet. `notes` are sentences about options of media that were not honoured.
     """
 
     sample: Sample
     paths: tuple[Path, ...]
     length: int
     visual_tokens: int
+    notes: tuple[str, ...] = ()
 
     @property
     def learnt(self) -> int:
@@ -87,6 +89,7 @@ class Layout:
     ) -> None:  # fmt: skip
         self.builder, self.template, self.max_tokens = builder, template, max_tokens
         self.ends = frozenset(ends or builder.config.eos_token_ids)
+        self._notes: list[str] = []
 
     @classmethod
     def of_folder(
@@ -112,8 +115,11 @@ class Layout:
 
     def lay_out(self, sample: Sample) -> LaidOut:
         """Token ids, positions and labels of a sample. `KeyeError` with its place where it cannot be learnt."""
+        self._notes.clear()
         try:
-            paths = self._plain(sample) if sample.plain else self._turns(sample)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", KeyeWarning)  # not a line for each sample and epoch
+                paths = self._plain(sample) if sample.plain else self._turns(sample)
         except LengthError:
             raise
         except KeyeError as error:
@@ -121,28 +127,30 @@ class Layout:
         laid_out = plant(sample, paths)
         if self.max_tokens is not None and laid_out.length > self.max_tokens:
             raise length_error(sample.place, laid_out.length, laid_out.visual_tokens, self.max_tokens)
-        return laid_out
+        return replace(laid_out, notes=tuple(dict.fromkeys(self._notes)))
 
     def _turns(self, sample: Sample) -> list[Path]:
         """A path for each learnt turn, but those whose turns go on as the next prompt begins, which share one."""
         last = len(sample.messages) - 1
         turns = [index for index, learn in enumerate(sample.learn) if learn]
-        paths = self._conversation(sample, sample.messages, turns, rejected=False)
+        paths = self._conversation(sample, sample.messages, turns)
         if sample.rejected:
             messages = (*sample.messages[:last], *sample.rejected)
             turns = [index for index in range(last, len(messages)) if messages[index].role == "assistant"]
-            paths += self._conversation(sample, messages, turns, rejected=True)
+            media = paths[-1].media if paths else ()
+            lost = self._conversation(sample, messages, turns, media)
+            paths += [replace(path, rejected=True) for path in lost]
         if not paths:
             raise KeyeError("nothing of it is learnt: it needs a message of the assistant")
         return paths
 
     def _conversation(
-        self, sample: Sample, messages: Sequence[Message], turns: Sequence[int], *, rejected: bool
+        self, sample: Sample, messages: Sequence[Message], turns: Sequence[int], media: Sequence[MediaItem] = ()
     ) -> list[Path]:
         paths: list[Path] = []
         for index in reversed(turns):  # the last prompt has the media of all
             segments, reply = self._render(sample, messages[: index + 1])
-            path = self._path(sample, segments, reply, paths[-1].media if paths else (), rejected=rejected)
+            path = reply_path(self._lay_out(sample, segments, paths[-1].media if paths else media), reply)
             if paths and _begins(paths[-1], path):
                 learnt = path.labels != IGNORE
                 paths[-1].labels[: len(path.labels)][learnt] = path.labels[learnt]
@@ -176,18 +184,14 @@ class Layout:
             raise KeyeError("the chat template writes no token that ends a reply")
         return prompt, ids[: end + 1]
 
-    def _path(
-        self, sample: Sample, segments: Sequence[Segment], reply: list[int], media: Sequence[MediaItem], *,
-        rejected: bool,
-    ) -> Path:  # fmt: skip
-        return reply_path(self._lay_out(sample, segments, media), reply, rejected=rejected)
-
     def _lay_out(self, sample: Sample, segments: Sequence[Segment], media: Sequence[MediaItem] = ()) -> Prompt:
         limit = self.max_tokens or self.builder.config.text.max_position_embeddings
         budget = _TrainBudget(limit, 0, str(sample.place))
         opened = [segment.value for segment in segments if isinstance(segment.value, Medium)]
         same = len(opened) == len(media)  # with fewer media, those that are left may have a larger share
-        return self.builder.lay_out(segments, budget=budget, stream=True, media=media if same else None)
+        prompt = self.builder.lay_out(segments, budget=budget, stream=True, media=media if same else None)
+        self._notes += map(str, prompt.notes)
+        return prompt
 
     def _plain(self, sample: Sample) -> list[Path]:
         """Texts and media as they stand, then the end of a text; what is learnt are the texts of learnt messages."""
@@ -231,7 +235,7 @@ def plant(sample: Sample, paths: Sequence[Path]) -> LaidOut:
     return LaidOut(sample, tuple(paths), tree.length, visual)
 
 
-def reply_path(prompt: Prompt, reply: Sequence[int], *, rejected: bool = False) -> Path:
+def reply_path(prompt: Prompt, reply: Sequence[int]) -> Path:
     """A prompt and the token ids of a reply to it, its end among them, which are learnt."""
     length, learnt = prompt.length, len(reply)
     labels = np.full(length + learnt, IGNORE, np.int64)
@@ -240,7 +244,7 @@ def reply_path(prompt: Prompt, reply: Sequence[int], *, rejected: bool = False) 
     return Path(
         np.concatenate([prompt.token_ids.numpy(), np.array(reply, np.int64)]),
         np.concatenate([prompt.position_ids.numpy(), np.broadcast_to(after, (3, learnt))], axis=1),
-        labels, np.concatenate([prompt.is_visual.numpy(), np.zeros(learnt, bool)]), prompt.media, rejected,
+        labels, np.concatenate([prompt.is_visual.numpy(), np.zeros(learnt, bool)]), prompt.media,
     )  # fmt: skip
 
 
