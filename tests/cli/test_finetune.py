@@ -6,8 +6,11 @@ import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import keye
 
 ROWS = [{"messages": [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"it is {n}"}]}
         for n in range(6)]  # fmt: skip
@@ -38,6 +41,87 @@ def test_a_file_of_another_trainer_becomes_one_of_keye(run: Callable, model_fold
     (tmp_path / "tune.toml").write_text(printed.out)
     raw = tomllib.loads(run("finetune", "--config", tmp_path / "tune.toml", "--seed", 5, "--print-config").out)
     assert (raw["seed"], raw["lora"]["rank"], raw["stage"][0]["data"][0]["path"]) == (5, 2, f"{tmp_path}/a.jsonl")
+
+
+def tune(run: Callable, model: Path, data: Path, output: Path, *flags: object) -> Any:
+    """A short run on texts, of few tokens."""
+    return run("finetune", model, data, "-o", output, "--max-length", 512, "--learning-rate", 0.02, "--warmup-steps", 1,
+               "--dtype", "float32", *flags)  # fmt: skip
+
+
+def test_an_adapter_answers_as_the_data_do(run: Callable, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    result = tune(run, model_folder, data, out, "--max-steps", 40, "--val-data", data, "--eval-steps", 20)
+    assert result.code == 0 and f"--adapter {out}" in result.out and "keye merge" in result.out
+    assert "attention adapted: 8 of 8 layers" in result.err and "loss" in result.err
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["loss"] for record in log if "loss" in record][-1] < 0.05
+    assert [record["val_loss"] for record in log if "val_loss" in record][-1] < 0.05
+    answers = json.loads((out / "answers.json").read_text())
+    assert [entry["after"] for entry in answers] == [entry["expected"] for entry in answers]
+    assert all(entry["before"] != entry["expected"] for entry in answers)
+    html = (out / "report.html").read_text()
+    assert html.count("<figure>") >= 4 and answers[0]["expected"] in html
+    model = keye.load(model_folder, adapters={"tuned": out})
+    replies = [model.chat(row["messages"][:1], temperature=0, max_tokens=16, adapter="tuned").text for row in ROWS]
+    assert replies == [row["messages"][1]["content"] for row in ROWS]
+
+
+def test_the_check_says_what_a_run_would_do(
+    run: Callable, model_folder: Path, data: Path, video: Path, tmp_path: Path
+) -> None:
+    row = {"messages": [{"role": "user", "content": "<video>when?"}, {"role": "assistant", "content": "[[1.0, 2.0]]"}]}
+    with data.open("a") as file:
+        file.write(json.dumps(row | {"videos": [str(video)]}) + "\n")
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700, "--check"]
+    result = run(*words)
+    assert result.code == 0 and not (tmp_path / "out").exists()
+    assert "7 rows, 1 medium opened: no faults" in result.out and "7 laid out" in result.out
+    assert "0 differ" in result.out and "attention adapted  8 of 8 layers" in result.out
+    assert "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}[[1.0, 2.0]]<|im_end|>" in result.out
+    assert "memory" in result.out and "for 1 pack in 1 step" in result.out
+    found = run(*words, "--json").data
+    assert found["times"] == {"compared": 8, "different": 0, "faults": [], "without": 0}
+    assert (found["data"]["rows"], found["problems"]) == (7, []) and found["cost"]["steps"] == 1
+    assert next(part for part in found["parts"] if part["part"] == "tower")["adapted"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(("--target-modules", "o_projj"), "o_projj"), (("--max-length", "12"), "tokens, 0 of them visual, but")],
+)
+def test_a_problem_ends_the_check_and_the_run(
+    run: Callable, model_folder: Path, data: Path, tmp_path: Path, flags: tuple[str, ...], sentence: str
+) -> None:
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700, *flags]
+    checked = run(*words, "--check")
+    assert checked.code == 1 and "problem: " in checked.out and sentence in checked.out
+    started = run(*words)
+    assert started.code == 2 and sentence in started.err and not (tmp_path / "out").exists()
+
+
+def test_planted_faults_are_named_with_their_lines(
+    run: Callable, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    text = [{"role": "user", "content": "<image>what?"}, {"role": "assistant", "content": "a"}]
+    faults = [{"messages": text, "images": ["none.png"]}, {"messages": []},
+              {"messages": [{"role": "teacher", "content": "x"}, {"role": "assistant", "content": "y"}]}]  # fmt: skip
+    with data.open("a") as file:
+        file.write("".join(json.dumps(fault) + "\n" for fault in faults) + '{"messages": [\n')
+    result = run("finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700, "--check", "--json")
+    assert result.code == 1
+    assert [fault.split(": ")[0] for fault in result.data["data"]["faults"]] == [f"{data}:{n}" for n in (7, 8, 9, 10)]
+
+
+def test_samples_longer_than_the_selection_are_a_warning(
+    run: Callable, own_model: Path, data: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((own_model / "config.json").read_text())
+    raw["sa_config"]["topk"] = 8
+    (own_model / "config.json").write_text(json.dumps(raw))
+    words = ["finetune", own_model, data, "-o", tmp_path / "out", "--check", "--max-length", 700]
+    assert "6 of 6 samples have more than the 8 keys" in run(*words).out
+    assert "while the indexer is frozen" not in run(*words, "--no-freeze-indexer").out
 
 
 @pytest.mark.parametrize(
