@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from keye.config import ConfigError, KeyeConfig
 from keye.config.settings import Settings, parse_settings, read_toml
-from keye.train.config import LoraSettings
+from keye.train.config import GuardSettings, LoraSettings
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage, MediaConfig
 
 Count = Annotated[int, Field(gt=0)]
@@ -186,6 +186,7 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
         seed=settings.seed, device=settings.device, dtype=settings.dtype, threads=settings.threads,
         processes=settings.processes, checkpointing=settings.gradient_checkpointing, quant=settings.quant, lora=lora,
         save_steps=settings.save_steps, keep=settings.save_total_limit,
+        guard=GuardSettings(on_spike="report"),  # a rare kind of sample may differ most, and is there to be learnt
     )  # fmt: skip
 
 
