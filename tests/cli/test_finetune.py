@@ -6,7 +6,6 @@ import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -43,17 +42,13 @@ def test_a_file_of_another_trainer_becomes_one_of_keye(run: Callable, model_fold
     assert (raw["seed"], raw["lora"]["rank"], raw["stage"][0]["data"][0]["path"]) == (5, 2, f"{tmp_path}/a.jsonl")
 
 
-def tune(run: Callable, model: Path, data: Path, output: Path, *flags: object) -> Any:
-    """A short run on texts, of few tokens."""
-    return run("finetune", model, data, "-o", output, "--max-length", 512, "--learning-rate", 0.02, "--warmup-steps", 1,
-               "--dtype", "float32", *flags)  # fmt: skip
-
-
-def test_an_adapter_answers_as_the_data_do(run: Callable, model_folder: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_adapter_of_nano_answers_as_the_data_do(run: Callable, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    result = tune(run, model_folder, data, out, "--max-steps", 40, "--val-data", data, "--eval-steps", 20)
-    assert result.code == 0 and f"--adapter {out}" in result.out and "keye merge" in result.out
-    assert "attention adapted: 8 of 8 layers" in result.err and "loss" in result.err
+    result = run("finetune", "nano", data, "-o", out, "--max-length", 512, "--learning-rate", 0.003, "--max-steps", 80,
+                 "--warmup-steps", 2, "--val-data", data, "--eval-steps", 40)  # fmt: skip
+    assert result.code == 0 and f"--adapter {out}" in result.out and "keye merge nano" in result.out
+    assert "attention adapted: 24 of 24 layers" in result.err and "loss" in result.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [record["loss"] for record in log if "loss" in record][-1] < 0.05
     assert [record["val_loss"] for record in log if "val_loss" in record][-1] < 0.05
@@ -62,7 +57,7 @@ def test_an_adapter_answers_as_the_data_do(run: Callable, model_folder: Path, da
     assert all(entry["before"] != entry["expected"] for entry in answers)
     html = (out / "report.html").read_text()
     assert html.count("<figure>") >= 4 and answers[0]["expected"] in html
-    model = keye.load(model_folder, adapters={"tuned": out})
+    model = keye.load(adapters={"tuned": out})
     replies = [model.chat(row["messages"][:1], temperature=0, max_tokens=16, adapter="tuned").text for row in ROWS]
     assert replies == [row["messages"][1]["content"] for row in ROWS]
 
@@ -80,10 +75,10 @@ def test_the_check_says_what_a_run_would_do(
     assert "0 differ" in result.out and "attention adapted  8 of 8 layers" in result.out
     assert "\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}[[1.0, 2.0]]<|im_end|>" in result.out
     assert "memory" in result.out and "for 1 pack in 1 step" in result.out
-    found = run(*words, "--json").data
-    assert found["times"] == {"compared": 8, "different": 0, "faults": [], "without": 0}
-    assert (found["data"]["rows"], found["problems"]) == (7, []) and found["cost"]["steps"] == 1
-    assert next(part for part in found["parts"] if part["part"] == "tower")["adapted"] == 0
+    result = run(*words, "--json").data
+    assert result["times"] == {"compared": 8, "different": 0, "faults": [], "without": 0}
+    assert (result["data"]["rows"], result["problems"]) == (7, []) and result["cost"]["steps"] == 1
+    assert next(part for part in result["parts"] if part["part"] == "tower")["adapted"] == 0
 
 
 @pytest.mark.parametrize(

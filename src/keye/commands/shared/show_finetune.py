@@ -209,4 +209,4 @@ def print_usage(outcome: Outcome, run: FamilyConfig, model: str) -> None:
     named = f"--model {shlex.quote(model)}{quant} --adapter {folder}"
     console.print(Text(f'keye ask VIDEO "QUESTION" {named}'), soft_wrap=True)
     console.print(Text(f"keye serve {named.removeprefix('--model ')}"), soft_wrap=True)
-    console.print(Text(f"keye merge {shlex.quote(model)} {folder} -o {folder}-merged"), soft_wrap=True)
+    console.print(Text(f"keye merge {shlex.quote(model)} --adapter {folder} -o {folder}-merged"), soft_wrap=True)
