@@ -61,6 +61,8 @@ def test_two_steps_change_what_the_stage_trains_and_nothing_else(name):
     figures = stage.figures.take()
     expected = {"vision": "letter 1", "language": "time of frame", "warmup": "kl/3", "sparse": "kl/3"}
     assert expected.get(name, "loss") in figures
+    if name in ("warmup", "sparse"):
+        assert 0 < figures["recall/3"] <= 1
     assert stage.figures.take() == {}
 
 

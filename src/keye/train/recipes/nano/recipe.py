@@ -27,6 +27,9 @@ from keye.train.recipes.nano.config import NanoConfig, NanoStage
 from keye.train.recipes.nano.helpers import Helpers
 from keye.train.recipes.nano.initialise import fresh_model, number_tokens, order_numbers
 
+#: One of so many batches measures the recall of the selected keys, which costs dense attention twice.
+RECALL_INTERVAL = 50
+
 
 def encode_frames(model: KeyeModel, frames: Tensor) -> Tensor:
     """uint8 frames [N, H, W, 3] -> visual tokens [N * tokens, d]."""
@@ -73,6 +76,7 @@ class LanguageObjective:
         self.stage, self.figures, self.algorithm = stage, Figures(), SupervisedFineTuning()
         self.heads: Helpers = Helpers(stage.nano, model, self.figures.add)
         self.frozen_vision = stage.trains in ("decoder", "indexer")
+        self._batches = 0
 
     def loss(self, model: KeyeModel, micro: PackedBatch[Tensor], count: float) -> Tensor:
         return self._mean(model, micro) / count
@@ -83,11 +87,15 @@ class LanguageObjective:
         ids = torch.cat((batch.trunk_ids, batch.tail_ids), dim=1)
         positions = batch.positions.transpose(0, 1).flatten(1)
         trunk, text = batch.trunk_ids.shape[1], model.config.text
-        step = TreeStep(
-            batch.segments, text, self.stage.attention, watch=self.heads.watch, hints=self.heads.hints(batch)
-        )
+        measure = self.stage.attention != "dense" and self._batches % RECALL_INTERVAL == 0
+        self._batches += 1
+        step = TreeStep(batch.segments, text, self.stage.attention, watch=self.heads.watch,
+                        hints=self.heads.hints(batch), measure_recall=measure)  # fmt: skip
         hidden = model(model.embed(ids.flatten(), visual), positions, step).view(*ids.shape, -1)
         frames_key = f"/{batch.frames.shape[1]}"
+        if measure:
+            for recall in step.recalls():
+                self.figures.add("recall" + frames_key, recall.against_best)
         if self.stage.attention == "warmup":
             kl = step.kl()
             self.figures.add("kl" + frames_key, float(kl.detach()))
