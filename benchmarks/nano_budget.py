@@ -43,11 +43,11 @@ def step_seconds(stage: NanoStage, folder: Path, steps: int) -> dict[str, float]
     for number in range(FIRST + steps):
         begin = time.process_time()
         batch = move_batch(make_batch(stage, folder, number), model.device)
-        made = time.process_time()
+        ready = time.process_time()
         objective.loss(model, batch, 1.0).backward()
         optimizer.step(0.01)
         if number >= FIRST:
-            making, training = making + made - begin, training + time.process_time() - made
+            making, training = making + ready - begin, training + time.process_time() - ready
     return {"batch_s": round(making / steps, 3), "step_s": round(training / steps, 3)}
 
 
