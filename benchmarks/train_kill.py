@@ -5,6 +5,8 @@ two steps, so that many kills meet one being written. SIGKILL goes to the proces
 started end with it. Each time, the run is started again. Prints JSON: kills, where they fell, and how many tensors
 differ. Run:
     python benchmarks/train_kill.py [--processes 2] [--kills 10] [--steps 60]
+With --exits 20 it counts instead how many of 20 short runs by torchrun, with weights divided among the processes
+(FSDP2), end with status 0.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from safetensors.torch import load_file
 
 from keye.config.toml import to_toml
 from keye.train.checkpoint import FOLDER
+from keye.train.config import ParallelSettings
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,12 +37,13 @@ from tests.support.family import talk, write_rows
 from tests.support.tiny import tiny_folder
 
 
-def write_run(folder: Path, output: str, arguments: argparse.Namespace) -> Path:
+def write_run(folder: Path, output: str, arguments: argparse.Namespace, *, shard: bool = False) -> Path:
     """The file of a run."""
     stage = FamilyStage(name="learn", steps=arguments.steps, trains="all", attention="sparse", max_tokens=64, batch=2,
                         lr=1e-3, data=(DataConfig(path=str(folder / "rows.jsonl")),))  # fmt: skip
     run = FamilyConfig(model=folder / "model", output=folder / output, stages=(stage,), fresh=True, fused=False,
-                       processes=arguments.processes, save_steps=2, save_minutes=0.05, log_seconds=0.0)  # fmt: skip
+                       processes=arguments.processes, save_steps=2, save_minutes=0.05, log_seconds=0.0,
+                       parallel=ParallelSettings(shard=shard))  # fmt: skip
     path = folder / f"{output}.toml"
     path.write_text(to_toml(run))
     return path
@@ -49,6 +53,29 @@ def start(path: Path) -> subprocess.Popen[bytes]:
     """`keye train` with a file."""
     command = [sys.executable, "-m", "keye", "train", str(path)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def count_exits(arguments: argparse.Namespace) -> None:
+    """Runs by torchrun that end well."""
+    with tempfile.TemporaryDirectory(prefix="keye-exits-") as name:
+        folder, good, messages = Path(name), 0, []
+        prepare(folder)
+        for number in range(arguments.exits):
+            path = write_run(folder, f"run {number}", argparse.Namespace(steps=3, processes=1), shard=True)
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
+            command = [sys.executable, *launcher, "-m", "keye", "train", str(path)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            good += run.returncode == 0
+            if run.returncode:
+                messages.append(run.stderr[-2000:])
+        print(json.dumps({"processes": arguments.processes, "runs": arguments.exits, "status_0": good}, indent=2))
+        print("\n".join(messages), file=sys.stderr)
+
+
+def prepare(folder: Path) -> None:
+    """A model without weights, and texts."""
+    tiny_folder(folder / "model", weights=False)
+    write_rows(folder / "rows.jsonl", [talk(f"What is {n}? " * (1 + n % 5), f"red circle {n}") for n in range(90)])
 
 
 def where(output: Path) -> str:
@@ -63,11 +90,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exits", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.exits:
+        count_exits(arguments)
+        return
     with tempfile.TemporaryDirectory(prefix="keye-kill-") as name:
         folder, rng = Path(name), random.Random(arguments.seed)
-        tiny_folder(folder / "model", weights=False)
-        write_rows(folder / "rows.jsonl", [talk(f"What is {n}? " * (1 + n % 5), f"red circle {n}") for n in range(90)])
+        prepare(folder)
         begin = time.monotonic()
         assert start(write_run(folder, "straight", arguments)).wait() == 0
         seconds, places, differ, runs, is_open = time.monotonic() - begin, [], 0, 0, True

@@ -135,8 +135,6 @@ class ParallelSettings(Settings):
     they are on GPUs."""
     expert: int = Field(default=1, gt=0)
     """Processes that divide the experts of a layer."""
-    tensor: int = Field(default=1, gt=0)
-    """Processes that divide each matrix."""
     context: int = Field(default=1, gt=0)
     """Processes that divide the tokens of a batch."""
 
