@@ -298,6 +298,7 @@ class Step:
                 raise out_of_memory(run.device, batch) from error
             raise
         run.meter.count(batch.figures)
+        self.objective.finish_step(run.group.sum)
         self.norm = self.optimizer.reduce()
         (loss,) = run.group.total(loss)
         if self.guard.accepts(loss, self.norm, f"{self.stage.name}, step {step + 1}"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,6 +40,10 @@ class Figures:
         return {name: total / count for name, (total, count) in self.sums().items() if count}
 
 
+#: Replaces tensors by their sums over the processes of a run.
+AddUp = Callable[[Sequence[Tensor]], None]
+
+
 class Objective(Protocol):
     """What one stage minimises."""
 
@@ -53,6 +57,10 @@ class Objective(Protocol):
         """The scalar to minimise of a micro-batch on the model's device: its weighted losses' sum divided by `count`.
         The gradients of all micro-batches of all processes are added up, so that a step does not depend on how its
         tokens are divided among them."""
+
+    def finish_step(self, add_up: AddUp) -> None:
+        """Called after the last micro-batch of a step, in every process; `add_up` replaces float32 tensors by their
+        sums over the processes."""
 
 
 class Recipe(Protocol):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from keye.models.keye import KeyeModel
+from keye.models.moe import MoE
 from keye.train.features import FeatureCache, encode_media
 from keye.train.losses import token_log_probs
 from keye.train.packed import TreeStep
 from keye.train.packing import Packed
-from keye.train.recipe import Figures
+from keye.train.recipe import AddUp, Figures
 from keye.train.recipes.family.config import FamilyStage
 from keye.train.tree import IGNORE
 
@@ -27,6 +28,8 @@ class PackObjective:
         """`cache` keeps the visual features that packs were loaded from."""
         self.stage, self.figures, self.heads, self.cache = stage, Figures(), nn.Module(), cache
         self.mode, self._passes = stage.attention, 0
+        self._counts: Tensor | None = None
+        self.keep_counts(model)
 
     def forward(self, model: KeyeModel, packed: Packed[Tensor]) -> tuple[Tensor, TreeStep]:
         """Hidden states [T, d] of a pack, and the step that has watched the layers."""
@@ -35,6 +38,28 @@ class PackObjective:
         self._passes += torch.is_grad_enabled()
         step = TreeStep(packed.segments, model.config.text, self.mode, measure_recall=measure)
         return model(model.embed(packed.token_ids, visual), packed.position_ids, step), step
+
+    def keep_counts(self, model: KeyeModel) -> None:
+        """Has `heads` keep how often each expert was chosen in the last step, with the checkpoints: which experts are
+        busy is a matter of all packs of all processes. The step before knows it in time, however a step is divided."""
+        layers = [module for module in model.modules() if isinstance(module, MoE)]
+        if layers:
+            counts = torch.zeros(len(layers), layers[0].gate.weight.shape[0])
+            self.heads.register_buffer("expert_counts", counts)
+
+    def _usual_counts(self, counts: Tensor, share: float) -> Tensor | None:
+        """The counts [layers, E] of the last step; None, which is a pack's own, in the first. Adds up those of this,
+        without packs that only keep a process company (`share` 0)."""
+        if torch.is_grad_enabled() and share:
+            self._counts = counts if self._counts is None else self._counts + counts
+        usual = cast(Tensor, self.heads.expert_counts)
+        return usual if bool(usual.any()) else None
+
+    def finish_step(self, add_up: AddUp) -> None:
+        if self._counts is not None:
+            add_up([self._counts])
+            cast(Tensor, self.heads.expert_counts).copy_(self._counts)
+            self._counts = None
 
     def side_losses(self, step: TreeStep, share: float) -> Tensor:
         """The losses of routers and indexers, of a pack that holds `share` of the step's learnt weight."""
@@ -46,10 +71,8 @@ class PackObjective:
                 self.figures.add("recall", recall.against_best)
             total = total + self.stage.indexer_kl * kl
         if self.mode != "warmup" and step.routers:
-            balance, z, counts = step.balance(), step.z(), step.expert_counts()
-            # How many times its share the busiest expert of a layer gets, as the mean over layers.
-            self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
             counts = step.expert_counts()
+            balance, z = step.balance(self._usual_counts(counts, share)), step.z()
             self.figures.add("balance", float(balance.detach()), 1 / step.parts)
             self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
             total = total + self.stage.balance * balance + self.stage.router_z * z

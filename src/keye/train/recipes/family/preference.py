@@ -144,6 +144,7 @@ class PreferenceObjective(PackObjective):
     def __init__(self, stage: FamilyStage, model: KeyeModel) -> None:
         super().__init__(stage, model)
         self.heads = RewardShift()
+        self.keep_counts(model)
 
     def loss(self, model: KeyeModel, micro: PairPack[Tensor], count: float) -> Tensor:
         replies, step = self._compute(model, micro.packed)

@@ -22,7 +22,7 @@ from keye.train.layout import LaidOut
 from keye.train.losses import siglip_loss
 from keye.train.packing import Array
 from keye.train.pairs import reply_text
-from keye.train.recipe import Figures
+from keye.train.recipe import AddUp, Figures
 from keye.train.recipes.family.batches import Batches
 from keye.train.recipes.family.config import FamilyStage, SiglipConfig
 
@@ -129,6 +129,9 @@ class SiglipObjective:
             raise KeyeError(f"stage {stage.name!r} trains the vision tower, which the model does not have")
         self.figures = Figures()
         self.heads: SiglipHeads = SiglipHeads(stage.siglip, model)
+
+    def finish_step(self, add_up: AddUp) -> None:
+        """Nothing is counted over a step."""
 
     def loss(self, model: KeyeModel, micro: CaptionBatch[Tensor], count: float) -> Tensor:
         heads, pixels = self.heads, micro.pixels.to(model.dtype).flatten(1)

@@ -21,7 +21,7 @@ from keye.train.config import TrainConfig
 from keye.train.losses import token_loss
 from keye.train.optim import Trained, mark_trainable
 from keye.train.packed import TreeStep
-from keye.train.recipe import Figures, Objective
+from keye.train.recipe import AddUp, Figures, Objective
 from keye.train.recipes.nano.batches import IGNORE, VISION_TARGETS, PackedBatch, VisionBatch, open_batches
 from keye.train.recipes.nano.config import NanoConfig, NanoStage
 from keye.train.recipes.nano.helpers import Helpers
@@ -46,6 +46,9 @@ class VisionObjective:
         self.figures = Figures()
         width = sum(count for _, count in VISION_TARGETS) + 2
         self.heads: nn.Linear = nn.Linear(model.config.text.hidden_size, width)
+
+    def finish_step(self, add_up: AddUp) -> None:
+        """Nothing is counted over a step."""
 
     def loss(self, model: KeyeModel, micro: VisionBatch[Tensor], count: float) -> Tensor:
         return self._mean(model, micro) / count
@@ -77,6 +80,9 @@ class LanguageObjective:
         self.heads: Helpers = Helpers(stage.nano, model, self.figures.add)
         self.frozen_vision = stage.trains in ("decoder", "indexer")
         self._batches = 0
+
+    def finish_step(self, add_up: AddUp) -> None:
+        """Nothing is counted over a step."""
 
     def loss(self, model: KeyeModel, micro: PackedBatch[Tensor], count: float) -> Tensor:
         return self._mean(model, micro) / count
