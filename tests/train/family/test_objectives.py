@@ -96,3 +96,25 @@ def test_any_division_of_a_step_has_the_same_gradient(folder, size):
         sums.append((total, model.model.layers[0].self_attn.q_proj.weight.grad.clone()))
     assert sums[0][0] == pytest.approx(sums[1][0], rel=1e-5)
     torch.testing.assert_close(sums[0][1], sums[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_experts_are_balanced_by_what_all_processes_chose_in_the_last_step(folder):
+    stage = family_stage(folder / "data.jsonl", batch=4, max_tokens=64, balance=1.0)
+    sums = []
+    for ranks in (1, 2, 3):
+        model = tiny_network()
+        mark_trainable(model, stage)
+        objectives = [NextToken(stage, model) for _ in range(ranks)]
+        for _ in range(2):
+            model.zero_grad()
+            counts = []
+            for rank, objective in enumerate(objectives):
+                (step,) = all_steps(stage, folder, rank=rank, size=ranks)
+                for micro in step.micro:
+                    objective.loss(model, move_batch(micro, torch.device("cpu")), step.count).backward()
+                objective.finish_step(lambda tensors, counts=counts: counts.append(tensors[0]))
+            for objective in objectives:  # what the sum over processes gives each
+                objective.heads.expert_counts.copy_(sum(counts))
+        sums.append(model.model.layers[1].mlp.gate.weight.grad.clone())
+    for other in sums[1:]:
+        torch.testing.assert_close(sums[0], other, rtol=1e-4, atol=1e-6)
