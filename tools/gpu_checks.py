@@ -41,7 +41,8 @@ class Step:
 STEPS = (
     Step(
         "kernels against the reference", "equality",
-        ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/ops/triton_cases.py"], 180,
+        ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/ops/triton_cases.py",
+         "tests/ops/triton_train_cases.py"], 180,
         {"KEYE_TEST_DEVICE": "cuda"},
     ),
     Step(

@@ -72,6 +72,44 @@ def test_attention_compiles_for_cards(capability: int) -> None:
 
 
 @pytest.mark.slow
+def test_training_cases_in_the_interpreter() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(CASES.with_name("triton_train_cases.py")),
+    ]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["_attend_kernel", "_loss_kernel", "_attend_backward_kernel", "_teach_kernel"])
+def test_training_compiles_for_cards(capability: int, name: str) -> None:
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from keye.ops.triton import train
+
+    kernel = getattr(train, name)
+    known = {"R": 8, "RP": 16, "D": 128, "G": 4, "J": 16, "JP": 16, "I": 64, "BN": train.TILE, "DOT": tl.bfloat16}
+    constants = {n: value for n, value in (known | {"INTERPRETED": False}).items() if n in kernel.arg_names}
+    kinds = dict.fromkeys(("width", "heads", "groups", "indexer_heads"), "i32") | {"scale": "fp32", "root": "fp32"}
+    kinds |= dict.fromkeys(("lse", "indexer_lse", "gates", "loss", "grad_kl", "grad_k", "grad_v", "grad_gate"), "*fp32")
+    types = {n: "constexpr" if n in constants else (kinds | {"sets": "*i32"}).get(n, "*bf16") for n in kernel.arg_names}
+    values = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=types, constexprs=values)
+    compiled = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4, "num_stages": 2})
+    assert compiled.metadata.shared <= 99 * 1024, "more shared memory than the smallest of these cards has"
+    assert "mma" in compiled.asm["ptx"], "no tensor cores"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("kind", [4, 8, 1])
 def test_quantised_products_compile_for_cards(capability: int, kind: int) -> None:

@@ -17,8 +17,8 @@ another. So a weight of the KL against the average is G times the report's lambd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ctypes import CDLL
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +84,23 @@ def _count(segments: Sequence[Segment]) -> int:
     return sum(segment.stop - segment.start for segment in segments)
 
 
-def _find_core(operands: Operands, sets: Tensor | None) -> CDLL | None:
-    """The compiled core where it computes these."""
-    return registry.find_core(operands.q, len(operands.q)) if train.takes(operands, sets) else None
+class _Kernels(NamedTuple):
+    """`tree_tiles.forward` and `tree_tiles.backward`, or faster ones."""
+
+    forward: Callable[..., tuple[Saved, Tensor]]
+    backward: Callable[..., list[Tensor | None]]
+
+
+def _choose_kernels(operands: Operands, sets: Tensor | None) -> _Kernels:
+    q = operands.q
+    if train.takes(operands, sets) and (core := registry.find_core(q, len(q))) is not None:
+        return _Kernels(partial(train.forward, core), partial(train.backward, core))
+    if registry.backends.of(q.device).name == "triton":
+        from keye.ops.triton import train as cards
+
+        if cards.takes(operands, sets):
+            return _Kernels(cards.forward, cards.backward)
+    return _Kernels(tree_tiles.forward, tree_tiles.backward)
 
 
 class _Attention(torch.autograd.Function):
@@ -98,11 +112,7 @@ class _Attention(torch.autograd.Function):
         gate: Tensor | None, sets: Tensor | None, segments: tuple[Segment, ...], teach: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         operands = Operands(q, k, v, indexer_q, indexer_k, gate)
-        core = _find_core(operands, sets)
-        if core is None:
-            saved, kl_sum = tree_tiles.forward(operands, segments, sets, teach=teach)
-        else:
-            saved, kl_sum = train.forward(core, operands, segments, sets, teach=teach)
+        saved, kl_sum = _choose_kernels(operands, sets).forward(operands, segments, sets, teach=teach)
         ctx.segments = segments
         # Saved tensors, not attributes: activation checkpointing drops and recomputes those alone.
         ctx.save_for_backward(*operands, sets, *saved)
@@ -114,9 +124,6 @@ class _Attention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         operands, sets, saved = Operands(*tensors[:6]), tensors[6], Saved(*tensors[7:])
         needs = Needs(any(ctx.needs_input_grad[:3]), any(ctx.needs_input_grad[3:6]))
-        core = _find_core(operands, sets)
-        if core is None:
-            gradients = tree_tiles.backward(operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
-        else:
-            gradients = train.backward(core, operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
+        kernels = _choose_kernels(operands, sets)
+        gradients = kernels.backward(operands, ctx.segments, sets, saved, grad_out, grad_kl, needs)
         return (*gradients, None, None, None)
