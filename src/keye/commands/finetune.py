@@ -103,7 +103,7 @@ machine = options.combine(
     click.option("--seed", type=int, help="[default: 0]"),
     click.option("--device", help="cpu, cuda, cuda:1, ...  [default: cpu]"),
     click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), help="[default: bfloat16]"),
-    click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads.  [default: 1]"),
+    click.option("--threads", type=options.COUNT, metavar="N", help="Processor threads.  [default: all]"),
     click.option("--processes", type=options.COUNT, metavar="N", help="Processes on the CPU.  [default: 1]"),
     click.option("--save-steps", type=options.COUNT, metavar="N", help="Save every N steps too, not only by minutes."),
     click.option("--save-total-limit", type=options.COUNT, metavar="N", help="Checkpoints that are kept."),

@@ -93,6 +93,7 @@ def _sample_rows(measured: Measured) -> list[tuple[str, str]]:
                                ("spacing", measured.spacing, " s")):  # fmt: skip
         if spread is not None:
             out.append((name, _spread(spread, unit)))
+    out += [("note", f"{sentence}: {plural(count, 'sample')}") for sentence, count in measured.notes.items()]
     times = measured.times
     if times.compared or times.without:
         words = f"{times.compared:,} compared with the times in the files: {times.different:,} differ"

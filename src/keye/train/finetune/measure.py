@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -32,6 +33,8 @@ MOST_SAMPLES: Final = 200
 MOST_SECONDS: Final = 20.0
 #: Faults of times that are reported one by one.
 _MOST_FAULTS: Final = 20
+#: Different notes that are reported.
+_MOST_NOTES: Final = 20
 #: Seconds by which a time of the container may be off its number in the prompt's plan.
 _SAME: Final = 1e-3
 #: Tokens before a frame in which its label is looked for.
@@ -93,7 +96,8 @@ class TimeCheck:
 @dataclass(frozen=True)
 class Measured:
     """What was seen of the `samples` that were laid out. `too_long` are those beyond the longest pack, `skipped` those
-    that cannot be laid out; `lengths` are tokens of the others, in the order of the stream."""
+    that cannot be laid out; `lengths` are tokens of the others, in the order of the stream. `notes` are sentences on
+    options of media that were not honoured, with the number of samples."""
 
     samples: int
     lengths: tuple[int, ...]
@@ -107,6 +111,7 @@ class Measured:
     skipped: tuple[Skip, ...]
     texts: tuple[SampleText, ...]
     times: TimeCheck
+    notes: dict[str, int]
 
     @property
     def visual_share(self) -> float:
@@ -149,11 +154,13 @@ def measure(
             break
     lengths = tuple(sample.length for sample in laid)
     texts = tuple(show_sample(sample, layout.builder.tokenizer) for sample in _choose_different(laid))
+    notes = Counter(note for sample in laid for note in set(sample.notes))
     return Measured(
         count, lengths, sum(sample.visual_tokens for sample in laid), Spread.of(lengths),
         Spread.of([sample.learnt for sample in laid]),
         Spread.of([sample.visual_tokens for sample in laid]), Spread.of(frames), Spread.of(spacing), tuple(too_long),
         tuple(skipped), texts, times,
+        dict(notes.most_common(_MOST_NOTES)),
     )  # fmt: skip
 
 

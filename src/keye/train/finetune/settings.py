@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from keye.config import ConfigError, KeyeConfig
@@ -103,7 +104,8 @@ class FinetuneSettings(Settings):
     seed: int = 0
     device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    threads: Count = 1
+    threads: Count | None = None
+    """Processor threads of each process. Without: all of this machine's, divided among the processes."""
     processes: Count = 1
     save_steps: Count | None = None
     eval_steps: Count | None = None
@@ -181,9 +183,10 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
             exclude=tuple(name for name, is_frozen in parts.items() if is_frozen), rslora=settings.rslora,
             experts=settings.lora_experts,
         )  # fmt: skip
+    threads = settings.threads or max(1, torch.get_num_threads() // settings.processes)
     return FamilyConfig(
         model=folder.resolve(), output=settings.output.resolve(), stages=(_make_stage(settings, is_sparse),),
-        seed=settings.seed, device=settings.device, dtype=settings.dtype, threads=settings.threads,
+        seed=settings.seed, device=settings.device, dtype=settings.dtype, threads=threads,
         processes=settings.processes, checkpointing=settings.gradient_checkpointing, quant=settings.quant, lora=lora,
         save_steps=settings.save_steps, keep=settings.save_total_limit,
         guard=GuardSettings(on_spike="report"),  # a rare kind of sample may differ most, and is there to be learnt
