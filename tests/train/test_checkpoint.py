@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from keye.config import ConfigError
 from keye.errors import KeyeError
@@ -19,6 +20,7 @@ from keye.train.loop import train
 from keye.train.output import CONFIG_FILE, lock_output
 from keye.train.recipes import load_run
 from keye.train.recipes.family.config import FamilyConfig
+from keye.train.recipes.family.objectives import NextToken
 from keye.train.recipes.family.recipe import FamilyRecipe
 from tests.support.distributed import text_run, text_stage, train_text
 from tests.support.training import assert_same_weights
@@ -91,6 +93,16 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on_later(home: Pat
     assert_same_weights(home / "straight", config.output)
 
 
+def test_a_run_that_is_done_keeps_what_its_stages_have_changed(home: Path) -> None:
+    config = text_run(home, "straight", text_stage(home, **STEPS))
+    path = config.output / "config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"max_position_embeddings": ', '"max_position_embeddings": 1'))
+    train(config, FamilyRecipe())
+    assert path.read_text() != before
+    path.write_text(before)
+
+
 def test_two_runs_in_one_folder(home: Path) -> None:
     config = text_run(home, "locked", text_stage(home, **STEPS))
     with lock_output(config.output), pytest.raises(ConfigError, match="another run is writing to .*locked"):
@@ -131,3 +143,9 @@ def test_a_run_goes_on_with_another_number_of_processes(home: Path) -> None:
         run_until(config, FamilyRecipe, "end_stage", 1, Killed())
     log = train_text(config.model_copy(update={"processes": 1}))
     assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+
+
+def test_a_step_that_does_not_fit_is_one_sentence_with_its_size(home: Path) -> None:
+    config = text_run(home, "too large", text_stage(home, **STEPS))
+    with pytest.raises(KeyeError, match=r"a step of \d+ tokens does not fit in the memory of cpu; lower max_tokens"):
+        run_until(config, NextToken, "loss", 2, torch.OutOfMemoryError("out of memory"))

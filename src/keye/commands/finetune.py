@@ -194,9 +194,15 @@ def print_check(run: FamilyConfig, media: int | None, *, as_json: bool) -> bool:
 def start(run: FamilyConfig, settings: FinetuneSettings, *, resume: bool, as_json: bool) -> None:
     """Checks in short, trains, and says how the result is used."""
     from keye.commands.shared import inputs, show, show_finetune
+    from keye.config.environment import launched_place
     from keye.train.finetune.check import check_run
     from keye.train.finetune.run import finetune as run_finetune
+    from keye.train.loop import train
+    from keye.train.recipes import find_recipe
 
+    if (place := launched_place()) is not None and place[0] > 0:  # the first of torchrun's processes does the rest
+        train(run, find_recipe(run.recipe), resume=resume)
+        return
     with inputs.stderr().status("checking"):
         result = check_run(run, media=0, samples=_STARTING_SAMPLES)
     if result.problems:

@@ -76,9 +76,10 @@ def lock_output(output: Path) -> Iterator[None]:
 
 
 def begin_output(config: TrainConfig) -> None:
-    """Writes what the folder has from the beginning: the resolved configuration and what goes along with weights."""
+    """Writes what the folder has from the beginning: the resolved configuration and what goes along with weights, which
+    a stage may have changed since."""
     for name in COMPANIONS:
-        if (config.model / name).exists() and config.model != config.output:
+        if (config.model / name).exists() and not (config.output / name).exists():
             shutil.copyfile(config.model / name, config.output / name)
     with output_file(config.output / CONFIG_FILE) as draft:
         draft.write_text(to_toml(config), encoding="utf-8")
