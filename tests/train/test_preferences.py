@@ -53,6 +53,8 @@ def test_at_the_reference_the_losses_are_those_of_not_knowing():
 def test_the_shift_is_the_mean_of_all_rewards():
     shift, rewards = RewardShift(), []
     for number in range(3):
-        pairs = random_pairs(number + 1)
-        rewards += [float(r) for r in torch.cat(pairs.rewards(0.5)).detach()]
-        assert float(shift.update(pairs, 0.5)) == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+        pairs, counted = random_pairs(number + 2), torch.arange(number + 2) > 0  # the first one fills up a step
+        rewards += [float(r) for r in torch.stack(pairs.rewards(0.5)).detach()[:, counted].flatten()]
+        assert float(shift.update(pairs, 0.5, counted)) == pytest.approx(sum(rewards) / len(rewards), rel=1e-5)
+    with torch.no_grad():  # held-out pairs change nothing
+        assert float(shift.update(random_pairs(), 0.5, torch.ones(4, dtype=torch.bool))) == float(shift.mean.float())

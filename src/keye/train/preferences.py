@@ -52,14 +52,13 @@ class RewardShift(nn.Module):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def update(self, pairs: Pairs, beta: float) -> Tensor:
-        """Takes the rewards of a batch that is learnt into the mean, and returns that, float32."""
+    def update(self, pairs: Pairs, beta: float, counted: Tensor) -> Tensor:
+        """Takes the rewards of the pairs of a batch that are `counted`, bool [n], into the mean where it is learnt, and
+        returns that, float32."""
         if not torch.is_grad_enabled():
             return self.mean.float()
-        rewards = torch.cat(pairs.rewards(beta)).detach().double()
-        new = torch.stack(
-            (rewards.sum(), torch.tensor(float(len(rewards)), dtype=torch.float64, device=rewards.device))
-        )
+        rewards = torch.stack(pairs.rewards(beta)).detach().double()[:, counted]
+        new = torch.stack((rewards.sum(), torch.full_like(rewards.sum(), rewards.numel())))
         if dist.is_initialized():
             dist.all_reduce(new)
         self.count += new[1]

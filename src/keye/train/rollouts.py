@@ -52,9 +52,7 @@ class Sampler:
 
     def __init__(self, model: KeyeModel, folder: Path, *, attention: AttentionMode, max_tokens: int) -> None:
         """`folder` has the tokenizer and the template; prompts and replies of more than `max_tokens` are errors."""
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise KeyeError("replies are sampled from a model that each process holds whole: set shard = false, and "
-                            "tensor, expert and context to 1, in [parallel]")  # fmt: skip
+        check_whole(model)
         self.model, self.max_tokens = model, max_tokens
         self.layout = Layout.of_folder(folder)
         builder = self.layout.builder
@@ -87,6 +85,13 @@ class Sampler:
             ]
             for result in results
         ]  # fmt: skip
+
+
+def check_whole(model: KeyeModel) -> None:
+    """`KeyeError` for a model that is divided among processes."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise KeyeError("replies are sampled and compared by a model that each process holds whole: set shard = false, "
+                        "and tensor, expert and context to 1, in [parallel]")  # fmt: skip
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import torch
 from keye.errors import KeyeError
 from keye.train.optim import mark_trainable
 from keye.train.recipe import move_batch
+from keye.train.recipes.family.config import FamilyConfig
 from keye.train.recipes.family.preference import PreferenceObjective, compute_reference
+from keye.train.recipes.family.recipe import FamilyRecipe
 from tests.support.family import all_steps, family_stage, first_micro, talk, tiny_network, write_rows
 from tests.support.tiny import tiny_folder
 
@@ -70,12 +72,15 @@ def test_training_prefers_the_better_reply(folder):
     assert figures["accuracy"] == 1.0 and figures["margin"] > 0
 
 
-def test_the_reference_is_computed_once(folder):
-    stage = a_stage(folder)
-    compute_reference(stage, tiny_network(0), folder)
-    before = first_micro(stage, folder)[0].reference
-    compute_reference(stage, tiny_network(1), folder)  # a resumed run has other weights by then
-    assert torch.equal(first_micro(stage, folder)[0].reference, before)
+def test_a_resumed_stage_keeps_the_reference_of_its_beginning(folder):
+    stage, before = a_stage(folder), None
+    for seed, resumed in ((0, False), (1, True)):  # a resumed run has other weights by then
+        recipe, model = FamilyRecipe(), tiny_network(seed)
+        recipe.begin_run(model, FamilyConfig(model=folder, output=folder, stages=(stage,)))
+        recipe.begin_stage(stage, model, folder, seed=0, resumed=resumed)
+        reference = first_micro(stage, folder)[0].reference
+        assert before is None or torch.equal(reference, before)
+        before = reference
 
 
 def test_any_division_of_the_pairs_has_the_same_gradient(folder):

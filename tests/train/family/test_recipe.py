@@ -137,3 +137,13 @@ def test_held_out_data_are_read_once_in_order(folder):
         counts.append(step.count)
     assert len(counts) == 4 and all_steps(stage, folder)
     assert recipe.open_validation(family_stage(folder / "data.jsonl"), folder, rank=0, size=1) is None
+
+
+def test_missing_data_of_a_later_stage_end_the_run_before_the_first(folder):
+    first = family_stage(folder / "data.jsonl", name="first")
+    second = family_stage(folder / "none.jsonl", name="second")
+    with pytest.raises(ConfigError, match="stage 'second': .*none.jsonl is missing; check the path"):
+        FamilyRecipe().begin_run(tiny_network(), FamilyConfig(model=folder, output=folder, stages=(first, second)))
+    distill = family_stage(folder / "data.jsonl", objective="distill", distill={"teacher": folder / "none"})
+    with pytest.raises(ConfigError, match="name the folder of its teacher"):
+        FamilyRecipe().begin_run(tiny_network(), FamilyConfig(model=folder, output=folder, stages=(distill,)))

@@ -133,7 +133,7 @@ def check_stage(name, out, log):
     if name == "indexer-warmup":
         assert all("loss" not in line for line in log) and any("kl" in line for line in log)
     if name == "mpo":
-        assert {"looping", "looping_after", "val_accuracy"} <= {key for line in log for key in line}
+        assert {"looping_before", "looping_after", "val_accuracy"} <= {key for line in log for key in line}
         assert (out / "round-1.jsonl").exists() and (out / "round-2.jsonl").exists()
     if name == "pairs":
         assert (out / "pairs.jsonl").read_text().count("rejected_response") >= 1

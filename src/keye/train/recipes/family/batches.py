@@ -13,11 +13,10 @@ from typing import Any, Final
 import numpy as np
 
 from keye.chat.messages import Medium, Message
-from keye.config import load_generation_config
+from keye.config import ConfigError, load_generation_config
 from keye.data.samples import Sample, Skip
 from keye.data.sources import DataSet, SampleStream, open_samples
 from keye.errors import KeyeError
-from keye.files import complete_file
 from keye.sessions.search.questions import ground_question
 from keye.train.balance import Load, assign_packs
 from keye.train.batches import StepBatch
@@ -25,7 +24,8 @@ from keye.train.features import FeatureCache
 from keye.train.layout import LaidOut, Layout, LengthError
 from keye.train.modes import Style, rewrite
 from keye.train.packing import Pack, load, pack
-from keye.train.recipes.family.config import DataConfig, FamilyStage, MediaConfig
+from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage, MediaConfig
+from keye.train.recipes.family.shared_files import write_shared
 from keye.train.tree import IGNORE
 
 #: File of the output folder that names the samples that were left out, a line of JSON each.
@@ -66,8 +66,7 @@ def features_folder(folder: Path) -> Path:
 def write_features(folder: Path, cache: FeatureCache | None) -> None:
     """Tells the processes that make batches which features a stage may read."""
     fields = None if cache is None else {"digest": cache.digest, "stored": cache.stored, "limit": cache.limit}
-    with complete_file(folder / FEATURES_FILE) as draft:
-        draft.write_text(json.dumps(fields))
+    write_shared(folder / FEATURES_FILE, json.dumps(fields))
 
 
 def read_features(folder: Path) -> FeatureCache | None:
@@ -77,6 +76,19 @@ def read_features(folder: Path) -> FeatureCache | None:
     except FileNotFoundError:
         return None
     return None if fields is None else FeatureCache(features_folder(folder), **fields)
+
+
+def check_paths(run: FamilyConfig) -> None:
+    """`ConfigError` where data or a teacher of any stage are missing, before the first one begins."""
+    for stage in run.stages:
+        for config in (*stage.data, *stage.val_data):
+            path = data_set(config, run.output).path
+            if not config.path.startswith("{output}") and not path.exists():
+                raise ConfigError(f"stage {stage.name!r}: {path} is missing; check the path of its data")
+        if stage.distill is not None and not stage.distill.teacher.is_dir():
+            raise ConfigError(
+                f"stage {stage.name!r}: {stage.distill.teacher} is missing; name the folder of its teacher"
+            )
 
 
 class Reader:

@@ -14,12 +14,10 @@ from typing import Any, Generic
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from keye.data.sources import SampleStream
 from keye.errors import KeyeError
-from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.train.layout import LaidOut
 from keye.train.losses import token_log_probs
@@ -30,7 +28,8 @@ from keye.train.recipes.family.batches import PackedBatches, open_stream
 from keye.train.recipes.family.config import DataConfig, FamilyStage
 from keye.train.recipes.family.objectives import PackObjective
 from keye.train.recipes.family.sampled import samples_file
-from keye.train.rollouts import generating
+from keye.train.recipes.family.shared_files import write_shared
+from keye.train.rollouts import check_whole, generating
 from keye.train.tree import IGNORE
 
 
@@ -93,10 +92,9 @@ def open_pairs(
 
 
 def compute_reference(stage: FamilyStage, model: KeyeModel, folder: Path) -> None:
-    """Writes what the model says of every pair now, those of held-out data too, unless that was done before."""
+    """Writes what the model says of every pair now, those of held-out data too."""
+    check_whole(model)
     path = _reference_file(folder, stage)
-    if path.exists():
-        return
     objective, lines = PreferenceObjective(stage, model), []
     for data in (pair_data(stage, folder), stage.val_data):
         if not data:
@@ -111,9 +109,7 @@ def compute_reference(stage: FamilyStage, model: KeyeModel, folder: Path) -> Non
                     json.dumps({"place": place, "log_probs": pair})
                     for place, pair in zip(micro.places, sums, strict=True)
                 ]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with complete_file(path) as draft:
-            draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_shared(path, "".join(line + "\n" for line in lines))
 
 
 def _reference_file(folder: Path, stage: FamilyStage) -> Path:
@@ -154,7 +150,7 @@ class PreferenceObjective(PackObjective):
         if self.stage.objective == "mpo":
             assert isinstance(self.heads, RewardShift)
             surprise = -replies.sums[:, 0] / replies.lengths[:, 0]
-            shift = self.heads.update(pairs, settings.beta)
+            shift = self.heads.update(pairs, settings.beta, micro.weights > 0)
             losses = (settings.preference * losses + settings.quality * bco_loss(pairs, settings.beta, shift)
                       + settings.next_token * surprise)  # fmt: skip
             self._note("surprise", surprise, micro.weights)

@@ -19,7 +19,7 @@ from keye.train.lora import LoraParameters, add_lora, save_adapter
 from keye.train.optim import Trained, mark_trainable
 from keye.train.parts import choose_adapters
 from keye.train.recipe import Objective
-from keye.train.recipes.family.batches import count_skipped, features_folder, write_features
+from keye.train.recipes.family.batches import check_paths, count_skipped, features_folder, write_features
 from keye.train.recipes.family.config import FamilyConfig, FamilyStage
 from keye.train.recipes.family.distill import Distillation
 from keye.train.recipes.family.objectives import NextToken
@@ -50,6 +50,7 @@ class FamilyRecipe:
     def begin_run(self, model: KeyeModel, run: TrainConfig) -> None:
         assert isinstance(run, FamilyConfig)
         self.run = run
+        check_paths(run)
         if run.lora is not None:
             self.lora = add_lora(model, run.lora, seed=run.seed)
 
@@ -66,14 +67,19 @@ class FamilyRecipe:
             limit = int(stage.features_gib * 2**30)
             self.cache = open_features(model, trained, features_folder(folder), limit=limit)
         write_features(folder, self.cache)
-        if resumed:
-            return {}
-        figures: dict[str, float] = {}
+        return {} if resumed else self._sample(stage, model, folder, seed)
+
+    def _sample(self, stage: FamilyStage, model: KeyeModel, folder: Path, seed: int) -> dict[str, float]:
+        """What a stage needs of the model's own replies."""
         if stage.objective == "modes":
-            figures = sample_modes(stage, model, folder, seed)
-        elif stage.objective == "pairs" or (stage.objective in ("dpo", "mpo") and stage.sampling is not None):
-            figures = sample_pairs(stage, model, folder, seed)
+            return sample_modes(stage, model, folder, seed)
+        if stage.objective == "pairs":
+            return sample_pairs(stage, model, folder, seed)
+        figures: dict[str, float] = {}
         if stage.objective in ("dpo", "mpo"):
+            if stage.sampling is not None:
+                figures = {"looping_before": count_loops(stage, model, folder, 0)}
+                figures |= sample_pairs(stage, model, folder, seed)
             compute_reference(stage, model, folder)
         return figures
 

@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from keye.config import ConfigError, model_config_from_dict
-from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.train.recipes.family.config import FamilyStage
+from keye.train.recipes.family.shared_files import write_shared
 
 
 def apply_changes(stages: Iterable[FamilyStage], model: KeyeModel, folder: Path) -> None:
@@ -29,9 +27,7 @@ def apply_changes(stages: Iterable[FamilyStage], model: KeyeModel, folder: Path)
     if raw == model.config.raw:
         return
     model.config, model.model.config = config, config.text
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with complete_file(folder / "config.json") as draft:
-            draft.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_shared(folder / "config.json", json.dumps(raw, indent=2) + "\n")
 
 
 def _change(raw: dict[str, Any], stage: FamilyStage) -> dict[str, Any]:

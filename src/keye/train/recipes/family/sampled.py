@@ -12,14 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
-
 from keye.chat.replies import parse_reply
 from keye.data.samples import Sample
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError, KeyeWarning, warn
-from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.train.batches import derived_seed
 from keye.train.modes import PassRates, Style, write_reply
@@ -35,6 +32,7 @@ from keye.train.pairs import (
 from keye.train.recipe import Figures
 from keye.train.recipes.family.batches import open_stream, prepare
 from keye.train.recipes.family.config import FamilyStage
+from keye.train.recipes.family.shared_files import write_shared
 from keye.train.rollouts import Rollout, Sampler
 
 #: Prompts whose replies are sampled together.
@@ -191,7 +189,5 @@ def _auto_reply(sample: Sample, slow: list[Rollout], gold: str, style: Style, ne
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     """Writes rows as JSON lines, complete or not at all; how many there are."""
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        with complete_file(path) as draft:
-            draft.write_text("".join(lines), encoding="utf-8")
+    write_shared(path, "".join(lines))
     return len(lines)

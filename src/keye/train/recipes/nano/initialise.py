@@ -41,7 +41,8 @@ def fresh_model(config: KeyeConfig, seed: int) -> KeyeModel:
         shrink = 1 / math.sqrt(2 * depth) if name.endswith(_RESIDUAL_OUTPUTS) else 1.0
         normal(parameter, shrink / math.sqrt(fan_in))
     normal(model.model.embed_tokens.weight, EMBEDDING_STD)
-    normal(model.visual.vision_model.embeddings.position_embedding.weight, 0.3)
+    if config.has_vision:
+        normal(model.visual.vision_model.embeddings.position_embedding.weight, 0.3)
     if not config.text.tie_word_embeddings:
         model.lm_head.weight.copy_(model.model.embed_tokens.weight * (HEAD_STD / EMBEDDING_STD))
     for name, parameter in model.named_parameters():
