@@ -153,6 +153,7 @@ VERBS = {
     "inspect": ("keye.commands.inspect:inspect", "show what a model is made of and what fits in this machine"),
     "convert": ("keye.commands.convert:convert", "write a model as GGUF, or a GGUF file as safetensors"),
     "finetune": ("keye.commands.finetune:finetune", "teach a model from your data, by an adapter or as a whole"),
+    "merge": ("keye.commands.merge:merge", "write an adapter into its model, or the average of models"),
     "train": ("keye.commands.train:train", "train a model by the stages of a TOML file"),
     "eval": ("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),
     "doctor": ("keye.commands.doctor:doctor", "check this machine and this installation"),

@@ -184,29 +184,43 @@ def _add_to_experts(
         out[part] += (x[part].to(down.dtype) @ down.t() @ up.t()).to(out.dtype)
 
 
+#: Adds to a weight, in place, what an adapter changes of it.
+Addition = Callable[[Tensor], None]
+
+
 @torch.no_grad()
 def merge(model: nn.Module, adapter: Adapter) -> None:
     """Adds an adapter to the weights of a model in place, which then computes what it computed with the adapter, up to
-    rounding. `KeyeError` for quantised layers and for those that share their weight with another one, before anything
-    is changed."""
-    targets: list[tuple[Tensor, Callable[[], Tensor]]] = []
+    rounding. Errors as of `additions`, before anything is changed."""
+    for name, add in additions(model, adapter).items():
+        add(model.get_parameter(name))
+
+
+def additions(model: nn.Module, adapter: Adapter) -> dict[str, Addition]:
+    """What an adapter adds to the weights of a model, which may be on the meta device, by the names of its parameters.
+    `KeyeError` for quantised layers and for those that share their weight with another one."""
+    targets: dict[str, tuple[Tensor, Addition]] = {}
     for name, pair in adapter.layers.items():
-        targets.append((_plain_weight(model, name, "weight"), pair.product))
+        targets[f"{name}.weight"] = _plain_weight(model, name, "weight"), partial(_add_product, pair)
     for name, pairs in adapter.experts.items():
         for own, matrices in (("gate_up_proj", pairs.gate_up), ("down_proj", pairs.down)):
             if matrices is not None:
-                targets.append((_plain_weight(model, name, own), partial(_expert_product, *matrices)))
+                targets[f"{name}.{own}"] = _plain_weight(model, name, own), partial(_add_expert_products, *matrices)
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    if any(owners[id(weight)] > 1 for weight, _ in targets):
+    if any(owners[id(weight)] > 1 for weight, _ in targets.values()):
         raise KeyeError(f"the adapter {adapter.name} changes embeddings or the head, which are one weight in this "
                         "model: load it beside the model instead of merging it")  # fmt: skip
-    for weight, product in targets:
-        weight.copy_(weight.float() + product())
+    return {name: add for name, (_, add) in targets.items()}
 
 
-def _expert_product(down: Tensor, up: Tensor) -> Tensor:
-    """What is added to fused experts, which are stored [E, in, out]."""
-    return (up.float() @ down.float()).transpose(1, 2)
+def _add_product(pair: LowRank | EmbeddingLowRank, weight: Tensor) -> None:
+    weight.copy_(weight.float() + pair.product())
+
+
+def _add_expert_products(down: Tensor, up: Tensor, weight: Tensor) -> None:
+    """To fused experts, which are stored [E, in, out], one after another."""
+    for own_down, own_up, own in zip(down, up, weight, strict=True):
+        own.copy_(own.float() + (own_up.float() @ own_down.float()).t())
 
 
 def _plain_weight(model: nn.Module, name: str, own: str) -> Tensor:

@@ -21,15 +21,17 @@ def write_plain(
     """Writes every tensor as `dtype` into `folder`, experts fused; what is stored as integers with scales is
     de-quantised. `on_progress` gets the numbers that are written and those of all. Returns the path of the file or
     index; errors as in `write_checkpoint`, and `WeightsError` for numbers that are not finite."""
-    return write_checkpoint(_Tensors(sources, dtype, on_progress), folder)
+    return write_checkpoint(PlainTensors(sources, dtype, on_progress), folder)
 
 
-class _Tensors(Mapping[str, Tensor]):
-    """Tensors that are read when they are asked for; `items` has them without numbers."""
+class PlainTensors(Mapping[str, Tensor]):
+    """Tensors under official names, experts fused, as `dtype`. They are read when they are asked for; `items` has them
+    without numbers."""
 
     def __init__(
-        self, sources: Mapping[str, TensorSource], dtype: torch.dtype, on_progress: Callable[[int, int], None]
-    ) -> None:
+        self, sources: Mapping[str, TensorSource], dtype: torch.dtype,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:  # fmt: skip
         self._sources, self._dtype, self._on_progress = sources, dtype, on_progress
         self._per_expert = per_expert_modules(sources)
         self._shapes = dict(_fused_shapes(sources, self._per_expert))
