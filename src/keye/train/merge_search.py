@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from keye.api import Keye
 from keye.data.samples import Sample
@@ -98,6 +98,19 @@ def _round(weights: Sequence[float]) -> tuple[float, ...]:
     return tuple(rounded)
 
 
+class HeldOut(Protocol):
+    """What models are scored on. `digest` tells it from other data, `score` names what is measured."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def score(self) -> str: ...
+
+    def evaluate(self, model: Keye) -> float:
+        """The score of a model; larger is better."""
+
+
 class DevSet:
     """Held-out conversations that a model is scored on: the share of last replies that it gives in the same words
     (`exact`, greedy), or the mean log-probability of their tokens (`loss`)."""
@@ -105,7 +118,8 @@ class DevSet:
     def __init__(self, data: Sequence[DataSet], score: Score) -> None:
         stream = open_samples(data, seed=0, epochs=1)
         self.samples = [sample for sample in stream if sample.messages[-1].role == "assistant" and sample.learn[-1]]
-        self.skipped, self.score = len(stream.skipped), score
+        self.skipped = len(stream.skipped)
+        self.score: Score = score
         if not self.samples:
             raise MergeError("the held-out data has no conversation that ends with a reply; give others with --search")
 
@@ -177,7 +191,7 @@ class SearchResult:
 
 
 def search_average(
-    average: Average, dev: DevSet, output: Path, *, trials: int, open_model: Callable[[Path], Keye],
+    average: Average, dev: HeldOut, output: Path, *, trials: int, open_model: Callable[[Path], Keye],
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> SearchResult:  # fmt: skip
     """Searches the weights of an average. Every trial is a line of `TRIALS_FILE` in `output`; a search of the same
