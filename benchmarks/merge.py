@@ -4,7 +4,7 @@
 
 The models are folders of one architecture, such as keye-nano after different last stages. Weights are searched on `dev`
 questions (`keye merge --search` with another score: the mean of accuracy and mIoU); each model, the plain mean and the
-average found are then measured on `test` questions that the search never saw. An interrupted search goes on in FOLDER.
+average result are then measured on `test` questions that the search never saw. An interrupted search goes on in FOLDER.
 Prints a JSON object.
 """
 
@@ -64,10 +64,10 @@ def main() -> None:
     frames = arguments.frames[0], arguments.frames[1]
     dev, test = Clips(arguments.dev, frames, DEV_SEED), Clips(arguments.test, frames, TEST_SEED)
     average = Average(arguments.models)
-    found = search_average(average, dev, arguments.output, trials=arguments.trials, open_model=keye.load)
+    result = search_average(average, dev, arguments.output, trials=arguments.trials, open_model=keye.load)
     count, rows = len(arguments.models), []
     candidates = {str(folder): tuple(float(i == j) for j in range(count)) for i, folder in enumerate(arguments.models)}
-    candidates |= {"mean": (1 / count,) * count, "search": found.best.weights}
+    candidates |= {"mean": (1 / count,) * count, "search": result.best.weights}
     for name, weights in candidates.items():
         folder = arguments.output / "model"
         average.write(weights, folder)
@@ -78,7 +78,7 @@ def main() -> None:
         row = {key: figures[key] for key in ("accuracy", "accuracy_error", "miou", "miou_error")}
         rows.append({"model": name, "weights": weights, **row, "score": (row["accuracy"] + row["miou"]) / 2})
     best = max(row["score"] for row in rows[:count])
-    print(json.dumps({"dev": arguments.dev, "test": arguments.test, "trials": len(found.trials), "test_rows": rows,
+    print(json.dumps({"dev": arguments.dev, "test": arguments.test, "trials": len(result.trials), "test_rows": rows,
                       "gain_over_best_model": round(rows[-1]["score"] - best, 2)}))  # fmt: skip
 
 

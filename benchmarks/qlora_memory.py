@@ -6,7 +6,7 @@ The network has `layers` decoder layers, the embeddings and the head, in the for
 vision tower (features are cached). Weights are random codes. Two steps are taken: forward, backward, AdamW. Measured is
 the largest resident memory during them, above what the process had before the weights were there and after a step of a
 tiny model. `--experts` adapts the experts too, `--keep` keeps activations instead of computing layers again. The C
-library gives back at once what is freed (MALLOC_MMAP_THRESHOLD_), unless `--hoard` leaves it its habits. Prints JSON.
+library returns at once what is freed (MALLOC_MMAP_THRESHOLD_), unless `--hoard` leaves it its habits. Prints JSON.
 """
 
 from __future__ import annotations

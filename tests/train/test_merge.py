@@ -52,9 +52,9 @@ def test_a_merged_model_computes_what_the_adapter_computes(split: bool, tmp_path
     adapter = make_adapter(tmp_path, experts=True, targets=("all-linear", "projector", "router"))
     assert run_cli("merge", base, "--adapter", adapter, "-o", tmp_path / "merged", "--type", "F32") == 0
     merged = keye.load(tmp_path / "merged", dtype="float32")
-    beside = keye.load(base, dtype="float32", adapters={"tuned": adapter})
-    torch.testing.assert_close(engine_log_probs(merged), engine_log_probs(beside, "tuned"), atol=1e-3, rtol=0)
-    assert not torch.allclose(engine_log_probs(merged), engine_log_probs(beside), atol=1e-2)
+    attached = keye.load(base, dtype="float32", adapters={"tuned": adapter})
+    torch.testing.assert_close(engine_log_probs(merged), engine_log_probs(attached, "tuned"), atol=1e-3, rtol=0)
+    assert not torch.allclose(engine_log_probs(merged), engine_log_probs(attached), atol=1e-2)
 
 
 def test_adapters_of_quantised_and_tied_models_are_not_merged(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_differences_from_a_base_are_added_to_it(tmp_path: Path, capsys: pytest.
     arguments = ("--base", base, "--weights", "0.7,0.6", "-o", tmp_path / "out", "--type", "F32", "--json")
     assert run_cli("merge", *others, *arguments) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == pytest.approx([0.7, 0.6, -0.3])
-    zero, one, two = (load_file(folder / "model.safetensors") for folder in (base, *others))
+    start, first, second = (load_file(folder / "model.safetensors") for folder in (base, *others))
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
-        expected = zero[name] + 0.7 * (one[name] - zero[name]) + 0.6 * (two[name] - zero[name])
+        expected = start[name] + 0.7 * (first[name] - start[name]) + 0.6 * (second[name] - start[name])
         torch.testing.assert_close(tensor, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -155,11 +155,11 @@ def score_near(best: tuple[float, ...]) -> Any:
 def test_a_search_comes_close_to_the_best_weights(best: tuple[float, ...]) -> None:
     evaluate = score_near(best)
     trials = search_weights(3, evaluate, trials=60)
-    found = find_best(trials)
+    nearest = find_best(trials)
     assert len(trials) <= 60 and len(evaluate.calls) == len(set(evaluate.calls)) == len(trials)
     assert all(abs(sum(trial.weights) - 1) < 1e-9 and min(trial.weights) >= 0 for trial in trials)
-    assert max(abs(own - other) for own, other in zip(found.weights, best, strict=True)) < 0.06
-    assert found.score >= max(evaluate(tuple(float(i == j) for j in range(3))) for i in range(3))
+    assert max(abs(own - other) for own, other in zip(nearest.weights, best, strict=True)) < 0.06
+    assert nearest.score >= max(evaluate(tuple(float(i == j) for j in range(3))) for i in range(3))
 
 
 def test_a_search_goes_on_where_it_was_interrupted() -> None:

@@ -122,9 +122,9 @@ def _average(
     average = Average([inputs.find_model(model) for model in named])
     result: dict[str, Any] = {"output": str(output), "models": named, "type": kind}
     if data:
-        found = _search(average, output, data, score, trials, quiet=quiet)
-        chosen = found.best.weights
-        result |= found.to_dict()
+        outcome = _search(average, output, data, score, trials, quiet=quiet)
+        chosen = outcome.best.weights
+        result |= outcome.to_dict()
     else:
         count = len(models)
         parsed = [1 / count] * count if weights is None else _parse_weights(weights)
