@@ -125,8 +125,8 @@ inline void scatter_some(const float *weights, int64_t stride, const float *x, i
     for (; d < dim; d += 2 * LANES) scatter_part<HEADS, 2>(weights, stride, x, dim, d, rows, count);
 }
 
-inline void scatter(const float *weights, int64_t stride, int heads, const float *x, int dim, float *const *rows,
-                    int count) {
+inline void scatter(F32, const float *weights, int64_t stride, int heads, const float *x, int dim, float *const *rows,
+                    int count, float *) {
     int h = 0;
     if constexpr (LANES == 16)
         for (; h + 8 <= heads; h += 8) scatter_some<8>(weights + h * stride, stride, x + h * dim, dim, rows, count);
@@ -134,6 +134,60 @@ inline void scatter(const float *weights, int64_t stride, int heads, const float
     for (; h + 2 <= heads; h += 2) scatter_some<2>(weights + h * stride, stride, x + h * dim, dim, rows, count);
     for (; h < heads; h++) scatter_some<1>(weights + h * stride, stride, x + h * dim, dim, rows, count);
 }
+
+#if defined(KEYE_BF16)
+// The same for PAIRS pairs of heads, weights [PAIRS, VISIT_ROOM] as two bfloat16 each.
+template <int PAIRS, int VECS>
+inline void scatter_pairs(const float *weights, const uint16_t *x, int dim, int d, float *const *rows, int count) {
+    V part[PAIRS][VECS];
+    for (int p = 0; p < PAIRS; p++)
+        for (int c = 0; c < VECS; c++) {
+            const uint16_t *low = x + 2 * p * dim + d + c * LANES, *high = low + dim;
+            const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)low));
+            const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)high));
+            part[p][c] = _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+        }
+    for (int e = 0; e < count; e++) {
+        V sum[VECS];
+        for (int c = 0; c < VECS; c++) sum[c] = vload(rows[e] + d + c * LANES);
+        for (int p = 0; p < PAIRS; p++) {
+            const V w = vset1(weights[p * VISIT_ROOM + e]);
+            for (int c = 0; c < VECS; c++) sum[c] = BF16::madd(sum[c], w, part[p][c]);
+        }
+        for (int c = 0; c < VECS; c++) vstore(rows[e] + d + c * LANES, sum[c]);
+    }
+}
+
+template <int PAIRS>
+inline void scatter_pairs(const float *weights, const uint16_t *x, int dim, float *const *rows, int count) {
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) scatter_pairs<PAIRS, 4>(weights, x, dim, d, rows, count);
+    for (; d < dim; d += 2 * LANES) scatter_pairs<PAIRS, 2>(weights, x, dim, d, rows, count);
+}
+
+// `x` as operands, of an even number of heads; `packed` has room for a pair's weights each.
+inline void scatter(BF16, const float *weights, int64_t stride, int heads, const uint16_t *x, int dim, float *const *rows,
+                    int count, float *packed) {
+    for (int h = 0; h < heads; h += 2)
+        for (int e = 0; e < count; e += LANES) {
+            const __m256i a = (__m256i)_mm512_cvtneps_pbh(vload(weights + h * stride + e));
+            const __m256i b = (__m256i)_mm512_cvtneps_pbh(vload(weights + (h + 1) * stride + e));
+            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+            const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(a), high);
+            vstore(packed + h / 2 * VISIT_ROOM + e, _mm512_castsi512_ps(both));
+        }
+    int p = 0;
+    for (; p + 4 <= heads / 2; p += 4) scatter_pairs<4>(packed + p * VISIT_ROOM, x + 2 * p * dim, dim, rows, count);
+    for (; p + 2 <= heads / 2; p += 2) scatter_pairs<2>(packed + p * VISIT_ROOM, x + 2 * p * dim, dim, rows, count);
+    for (; p < heads / 2; p++) scatter_pairs<1>(packed + p * VISIT_ROOM, x + 2 * p * dim, dim, rows, count);
+}
+
+// An odd number of heads is summed in float32.
+inline void scatter(BF16, const float *weights, int64_t stride, int heads, const float *x, int dim, float *const *rows,
+                    int count, float *) {
+    scatter(F32(), weights, stride, heads, x, dim, rows, count, nullptr);
+}
+#endif
 
 // Logarithms to base 2 of numbers in 0 .. 1, relative to 1 exact to 2e-7; that of 0 is -127.
 inline void log2_row(const float *x, float *out, int count) {

@@ -202,15 +202,22 @@ template <class P> class SparseBlock {
             add_weighted<P>(slopes, VISIT_ROOM, ratio_, keys, count, dim, packed, grad_q + i * size);
             float *rows[BATCH_KEYS];
             for (int e = 0; e < count; e++) rows[e] = sums.k + (set[e] - sums.first) * row_ + (int64_t)g * dim;
-            scatter(slopes, VISIT_ROOM, ratio_, q_floats + i * size, dim, rows, count);
+            add_rows(slopes, ratio_, q + i * size, q_floats + i * size, dim, rows, count, packed);
             for (int e = 0; e < count; e++) rows[e] = sums.v + (set[e] - sums.first) * row_ + (int64_t)g * dim;
-            scatter(logits, VISIT_ROOM, ratio_, up_floats + i * size, dim, rows, count);
+            add_rows(logits, ratio_, up + i * size, up_floats + i * size, dim, rows, count, packed);
         });
         if (!all) return;
         finish_sums<P>(grad_q, n * size);
         for (int i = 0; i < n; i++)
             store_plain(call_.dtype, call_.grad_q, ((block_.begin + i) * call_.heads + g * ratio_) * dim, (int)size,
                         grad_q + i * size);
+    }
+
+    // rows[entry] += sum over heads of weight[h, entry] * x[h], of which there are operands and floats.
+    static void add_rows(const float *weights, int heads, const Elem *x, const float *floats, int dim, float *const *rows,
+                         int count, float *packed) {
+        if (P::PAIR == 2 && heads % 2 == 0) scatter(P(), weights, VISIT_ROOM, heads, x, dim, rows, count, packed);
+        else scatter(P(), weights, VISIT_ROOM, heads, floats, dim, rows, count, packed);
     }
 
     // delta[i, h] = gradient of the output . output.
@@ -281,7 +288,7 @@ template <class P> class SparseBlock {
             add_weighted<P>(products, VISIT_ROOM, heads, keys, count, dim, packed, grad_q + i * size);
             float *rows[BATCH_KEYS];
             for (int e = 0; e < count; e++) rows[e] = sums.indexer_k + (set[e] - sums.first) * dim;
-            scatter(products, VISIT_ROOM, heads, floats + i * size, dim, rows, count);
+            add_rows(products, heads, q + i * size, floats + i * size, dim, rows, count, packed);
         });
         finish_sums<P>(grad_q, n * size);
         store_plain(call_.dtype, call_.grad_indexer_q, block_.begin * size, (int)(n * size), grad_q);
