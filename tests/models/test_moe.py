@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from keye.config import model_config_from_dict
-from keye.models.moe import ROW_MULTIPLE, MoE, lay_out_for_decoding
+from keye.models.moe import ROW_MULTIPLE, Combine, Dispatch, GroupedProduct, MoE, lay_out_for_decoding, plan_rows
 from keye.ops.registry import backends
 
 
@@ -62,16 +62,20 @@ def test_equals_the_naive_loop(tokens: int, normalise: bool, raw_config: dict[st
 
 
 def test_gradients_by_finite_differences(raw_config: dict[str, Any]) -> None:
-    """Dispatch and collection have their own backward passes; the rest of the layer is torch's."""
-    from keye.models.moe import Collect, Dispatch, plan_rows
-
+    """Dispatch, products and combination have their own backward passes; the rest of the layer is torch's."""
     chosen = torch.tensor([[0, 2], [2, 1], [0, 1]])
     token_of_row, row_of_slot, sizes = plan_rows(chosen, 4)
     assert sizes == [2, 2, 2, 0]
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     y = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: Dispatch.apply(t, token_of_row, row_of_slot), (x,))
-    assert torch.autograd.gradcheck(lambda t: Collect.apply(t, row_of_slot), (y,))
+    w, up = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 2), (4, 5, 3)))
+
+    def weighted_sum(y: Tensor, weights: Tensor) -> Tensor:
+        return (y * weights.unsqueeze(-1)).sum(1)
+
+    assert torch.autograd.gradcheck(lambda a, b: Combine.apply(a, b, row_of_slot, token_of_row, weighted_sum), (y, w))
+    assert torch.autograd.gradcheck(lambda a, b: GroupedProduct.apply(a, b, sizes), (y, up))
 
 
 def test_router_is_float32_and_reports_its_choice(raw_config: dict[str, Any]) -> None:

@@ -207,8 +207,8 @@ class MoE(Layer):
             return mixed
         token_of_row, row_of_slot, sizes = plan_rows(chosen, self.gate.weight.shape[0])
         y = self.experts(Dispatch.apply(x, token_of_row, row_of_slot), sizes)
-        gathered = Collect.apply(y, row_of_slot)
-        return self.elementwise.weighted_sum(gathered, weights.to(x.dtype))
+        out: Tensor = Combine.apply(y, weights.to(x.dtype), row_of_slot, token_of_row, self.elementwise.weighted_sum)
+        return out
 
 
 def plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -248,17 +248,29 @@ class Dispatch(torch.autograd.Function):
         return total, None, None
 
 
-class Collect(torch.autograd.Function):
-    """y[row_of_slot] as [T, K, d]; rows are distinct, so the backward pass writes each once."""
+class Combine(torch.autograd.Function):
+    """`weighted_sum(y[row_of_slot], weights)`, [T, d] of the rows of experts and `weights` [T, K], with a backward pass
+    by rows that holds the outputs of one expert a token in float32 at most."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, row_of_slot: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_slot)
-        ctx.rows = y.shape[0]
-        return y.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, -1)
+    def forward(
+        ctx: Any, y: Tensor, weights: Tensor, row_of_slot: Tensor, token_of_row: Tensor,
+        weighted_sum: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(y, weights, row_of_slot, token_of_row)
+        return weighted_sum(y.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, -1), weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (row_of_slot,) = ctx.saved_tensors
-        out = grad.new_zeros(ctx.rows, grad.shape[-1])
-        return out.index_copy_(0, row_of_slot.flatten(), grad.reshape(-1, grad.shape[-1])), None
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        y, weights, row_of_slot, token_of_row = ctx.saved_tensors
+        to_y, to_weights = None, None
+        if ctx.needs_input_grad[0]:
+            weight_of_row = weights.new_zeros(len(y))  # that of padding stays zero
+            weight_of_row[row_of_slot.flatten()] = weights.flatten()
+            to_y = grad.index_select(0, token_of_row) * weight_of_row.unsqueeze(1)
+        if ctx.needs_input_grad[1]:
+            wide = grad.float()
+            parts = [(y.index_select(0, rows).float() * wide).sum(1) for rows in row_of_slot.unbind(1)]
+            to_weights = torch.stack(parts, dim=1).to(weights.dtype)
+        return to_y, to_weights, None, None, None

@@ -27,7 +27,7 @@ from keye.errors import KeyeError
 from keye.files import complete_file
 from keye.models.adapter_files import CONFIG_FILE, TENSORS_FILE, LoraConfig, read_adapter
 from keye.models.keye import KeyeModel
-from keye.models.moe import ROW_MULTIPLE, Collect, Dispatch, MoE, Router, plan_rows
+from keye.models.moe import ROW_MULTIPLE, Combine, Dispatch, MoE, Router, plan_rows
 from keye.quant.layers import QuantLinear
 from keye.train.config import PARTS, LoraSettings
 from keye.train.parts import is_in_part
@@ -156,7 +156,9 @@ class LoraParameters:
         inner = moe.elementwise.swiglu(up if up_pair is None else up + up_pair(rows, sizes, moe.training))
         out = moe.experts.project_down(inner, sizes)
         out = out if down_pair is None else out + down_pair(inner, sizes, moe.training)
-        return moe.elementwise.weighted_sum(Collect.apply(out, row_of_slot), weights.to(x.dtype))
+        weights, weighted_sum = weights.to(x.dtype), moe.elementwise.weighted_sum
+        mixed: Tensor = Combine.apply(out, weights, row_of_slot, token_of_row, weighted_sum)
+        return mixed
 
 
 def add_lora(model: KeyeModel, settings: LoraSettings, *, seed: int = 0) -> LoraParameters:
