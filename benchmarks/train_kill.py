@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from keye.config.toml import to_toml
 from keye.train.checkpoint import FOLDER
 from keye.train.config import ParallelSettings
+from keye.train.output import LOG_FILE
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,6 +79,22 @@ def prepare(folder: Path) -> None:
     write_rows(folder / "rows.jsonl", [talk(f"What is {n}? " * (1 + n % 5), f"red circle {n}") for n in range(90)])
 
 
+def count_steps(output: Path) -> int:
+    """The number of the last step in the log."""
+    log = output / LOG_FILE
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return max((line["step"] for line in lines if "step" in line), default=0)
+
+
+def wait_for_step(run: subprocess.Popen[bytes], output: Path, step: int) -> bool:
+    """Whether the run, which logs every step, gets to a step before it ends."""
+    while run.poll() is None:
+        if count_steps(output) >= step:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def where(output: Path) -> str:
     """What a killed run had last: its newest checkpoint, and whether another was being written."""
     names = sorted(path.name for path in (output / FOLDER).glob("*"))
@@ -98,23 +115,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="keye-kill-") as name:
         folder, rng = Path(name), random.Random(arguments.seed)
         prepare(folder)
-        begin = time.monotonic()
         assert start(write_run(folder, "straight", arguments)).wait() == 0
-        seconds, places, differ, runs, is_open = time.monotonic() - begin, [], 0, 0, True
+        places: list[str] = []
+        differ, runs, is_open = 0, 0, True
         expected = load_file(folder / "straight" / "model.safetensors")
         while len(places) < arguments.kills or is_open:
             path = write_run(folder, f"killed {runs}", arguments)
             output = path.with_suffix("")
             run = start(path)
-            try:
-                left = len(places) < arguments.kills
-                assert run.wait(rng.uniform(0.3, 1.0) * seconds if left else None) == 0, "the run failed"
-            except subprocess.TimeoutExpired:
+            if len(places) < arguments.kills and wait_for_step(run, output, count_steps(output) + rng.randint(1, 9)):
+                time.sleep(rng.uniform(0, 0.3))  # somewhere in a step, or while its checkpoint is written
                 os.kill(run.pid, signal.SIGKILL)
                 run.wait()
                 places.append(where(output))
                 is_open = True
                 continue
+            assert run.wait() == 0, "the run failed"
             tensors, runs, is_open = load_file(output / "model.safetensors"), runs + 1, False
             differ += sum(not torch.equal(tensor, tensors[name]) for name, tensor in expected.items())
         print(json.dumps({"processes": arguments.processes, "runs": runs, "kills": len(places),

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from keye.config.toml import to_toml
 from keye.train.loop import train
 from keye.train.output import LOG_FILE
@@ -25,6 +27,21 @@ def text_stage(folder: Path, **fields: Any) -> FamilyStage:
     if not data.exists():
         write_rows(data, ROWS)
     defaults: dict[str, Any] = {"steps": 50, "max_tokens": 48, "batch": 4, "lr": 1e-3, "warmup_steps": 5}
+    return family_stage(data, **{**defaults, **fields})
+
+
+def picture_stage(folder: Path, **fields: Any) -> FamilyStage:
+    """Three packs a step, of texts and of pictures of several sizes."""
+    rows: list[dict[str, Any]] = []
+    for number in range(24):
+        if number % 3:
+            rows.append(talk(f"What is {number}?", f"red circle {number % 7}"))
+            continue
+        path = folder / f"{number}.png"
+        Image.new("RGB", (56 + 28 * (number % 4), 56), (10 * number, 99, 0)).save(path)
+        rows.append(talk("See <image>", "red circle", images=[str(path)]))
+    data = write_rows(folder / "pictures.jsonl", rows)
+    defaults: dict[str, Any] = {"packing": False, "batch": 3, "max_tokens": 128, "lr": 1e-3, "features_gib": 0}
     return family_stage(data, **{**defaults, **fields})
 
 

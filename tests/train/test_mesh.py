@@ -5,9 +5,17 @@ from pathlib import Path
 import pytest
 
 from keye.config import ConfigError
-from keye.train.config import ParallelSettings
+from keye.train.config import LoraSettings, ParallelSettings
 from keye.train.mesh import check_sizes
-from tests.support.distributed import largest_difference, read_log, text_run, text_stage, torchrun, train_text
+from tests.support.distributed import (
+    largest_difference,
+    picture_stage,
+    read_log,
+    text_run,
+    text_stage,
+    torchrun,
+    train_text,
+)
 from tests.support.training import weights
 
 SHARDED = ParallelSettings(shard=True)
@@ -70,3 +78,25 @@ def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path
 def test_sizes_that_do_not_divide(fields, message) -> None:
     with pytest.raises(ConfigError, match=message):
         check_sizes(ParallelSettings(**fields), 4, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_processes_without_pictures_keep_step_with_those_that_have_some(tmp_path: Path, attention) -> None:
+    """The tower is trained; of the packs of a step some have pictures, of different sizes, and some have none."""
+    stage = picture_stage(tmp_path, steps=6, attention=attention, trains="all")
+    alone = train_text(text_run(tmp_path, "one", stage))
+    for number, parallel in enumerate((SHARDED, ParallelSettings(context=2, shard=True))):
+        divided = train_text(text_run(tmp_path, f"divided {number}", stage, processes=2, parallel=parallel))
+        for name in ("loss", "grad_norm"):
+            assert largest_difference(alone, divided, name) < 2e-5, name
+
+
+@pytest.mark.slow
+def test_an_adapter_is_trained_by_processes_that_share_the_weights(tmp_path: Path) -> None:
+    stage, lora = text_stage(tmp_path, steps=10, lr=1e-2, trains="decoder"), LoraSettings(rank=4, experts=True)
+    alone = train_text(text_run(tmp_path, "one", stage, lora=lora))
+    shared = train_text(text_run(tmp_path, "two", stage, lora=lora, processes=2, parallel=SHARDED))
+    assert alone[-1]["loss"] < alone[0]["loss"]
+    assert largest_difference(alone, shared) < 1e-5
+    assert (tmp_path / "two" / "adapter_model.safetensors").exists()

@@ -32,11 +32,15 @@ def _work(group: Group, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _step_with_some_gradients(group: Group) -> torch.Tensor:
-    """One step of two parameters, each of which has a gradient in one process only; returns both."""
-    trained = [Trained(name, torch.nn.Parameter(torch.ones(2)), False, 0.1) for name in ("a", "b")]
-    trained[group.rank].parameter.grad = torch.full((2,), 4.0)
-    Optimizer(trained, group=group).step(1.0)
-    return torch.cat([each.parameter.detach() for each in trained])
+    """One step of three parameters, each of which has a gradient in one process only; returns all, and the norm."""
+    trained = [
+        Trained(name, torch.nn.Parameter(torch.ones(size)), False, 0.1)
+        for name, size in zip("abc", (2, 3, 2), strict=True)
+    ]
+    for each in trained[group.rank :: 2]:
+        each.parameter.grad = torch.full_like(each.parameter, 4.0)
+    norm = Optimizer(trained, group=group, clip=100.0).step(1.0)
+    return torch.cat([*(each.parameter.detach() for each in trained), torch.tensor([norm / 100])])
 
 
 class _Follow:
@@ -85,8 +89,8 @@ def test_two_processes_sum_divide_and_agree(tmp_path):
         assert torch.equal(done["gradient"], torch.full((3, 2), 1.0)) and done["scalar"] == 10.0
         assert torch.allclose(done["divided"], done["whole"], atol=2e-2)
         assert done["agreed"] == 0.25
-        assert (done["partly"] < 0.95).all()
-    assert torch.equal(mine["divided"], other["divided"])
+        assert (done["partly"][:-1] < 0.95).all() and done["partly"][-1] == pytest.approx(0.04 * 7**0.5)
+    assert torch.equal(mine["divided"], other["divided"]) and torch.equal(mine["partly"], other["partly"])
 
 
 @pytest.mark.slow

@@ -109,14 +109,14 @@ class Optimizer:
     def reduce(self) -> float:
         """The norm of the step's gradient, which is summed over the processes first."""
         self.add_gradients()
-        if self.group.size > 1:  # what one process's batch left out, another's may hold: all must send the same tensors
+        grads, size = self._grads, self.group.size
+        if size > 1:  # what one process's batch left out, another's may hold: all send the same tensors in one order
             for name, p in self.parameters.items():
-                if name not in self._grads:
-                    self._grads[name] = torch.zeros_like(local_part(p), dtype=torch.float32)
-        grads, copies = self._grads, {name: copies_of(p, self.group.size) for name, p in self.parameters.items()}
-        for name, grad in grads.items():
-            sum_copies(grad, self.parameters[name])
-        self.group.sum([grad for name, grad in grads.items() if copies[name] == self.group.size])
+                if name not in grads:
+                    grads[name] = torch.zeros_like(local_part(p), dtype=torch.float32)
+                sum_copies(grads[name], p)
+        copies = {name: copies_of(p, size) for name, p in self.parameters.items()}
+        self.group.sum([grads[name] for name in self.parameters if size > 1 and copies[name] == size])
         if not grads:
             return 0.0
         norms = torch.stack([grad.norm() for grad in grads.values()]).double()
