@@ -72,6 +72,7 @@ def test_reads_a_run(tmp_path):
         (RUN + "task_weights = {ground = -1.0}\n", "task_weights.ground is -1.0; it must be at least 0"),
         (RUN.replace("steps = 3", 'steps = "a"'), "steps is 'a'; it must be a whole number"),
         (RUN.replace("frames = 4", "frames = 1.5"), r"mix\[0\].frames is 1.5; it must be a whole number"),
+        ('renews = ["nose"]\n' + RUN, "renews: 'nose' is not a part; choose all"),
         ('seed = "x"\n' + RUN, "seed is 'x'; it must be a whole number"),
         ("fresh = 1\n" + RUN, "fresh is 1; it must be true or false"),
         (RUN + 'split = "foo"\n', "split: 'foo' is not a split; choose train, test, unseen"),

@@ -183,6 +183,8 @@ class TrainConfig(Settings):
     stages: tuple[StageConfig, ...] = Field(validation_alias="stage", min_length=1, strict=False)
     fresh: bool = False
     """Begin with new weights."""
+    renews: Names = ()
+    """Parts that begin with new weights: projector, or indexer, which is added where the model has none."""
     seed: int = 0
     device: str = "cpu"
     """Where the model is trained: cpu, cuda, cuda:1, ..."""
@@ -211,6 +213,14 @@ class TrainConfig(Settings):
     keep: int | None = Field(default=None, gt=0)
     """Checkpoints that are kept; older ones are removed."""
     log_seconds: float = 30.0
+
+    @field_validator("renews")
+    @classmethod
+    def _check_renews(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in PARTS:
+                raise ValueError(f"{name!r} is not a part; choose {', '.join(PARTS)}")
+        return names
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

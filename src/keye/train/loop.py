@@ -35,6 +35,7 @@ from keye.train.optim import Optimizer, Trained, highest_rate
 from keye.train.output import LOG_FILE, begin_output, check_output, lock_output
 from keye.train.parallel import Group, device_of, mean_figures, processes
 from keye.train.recipe import Objective, Recipe, move_batch
+from keye.train.renew import renew_parts
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -123,8 +124,11 @@ class Run:
             if quantized_weights(model) and self.config.lora is None:
                 raise ConfigError(f"{folder} is quantised and cannot be trained; train an adapter ([lora]), or start "
                                   "from the model it was made of")  # fmt: skip
-            if report.lacks_indexer:
-                raise ConfigError(f"{folder} has no indexer weights; start from a checkpoint that has them")
+            if report.lacks_indexer and "indexer" not in self.config.renews:
+                raise ConfigError(f'{folder} has no indexer weights; set renews = ["indexer"], or start from a model '
+                                  "that has them")  # fmt: skip
+            if not has_weights:
+                renew_parts(model, config, self.config.renews, self.config.seed)
         self.recipe.begin_run(model, self.config)
         model.set_elementwise(self._choose_elementwise(model))
         model.set_recompute(self.config.checkpointing)

@@ -109,6 +109,7 @@ def shrink(stage):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_stage_runs_at_toy_size(root, path):
     raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    assert "renews" in raw if path.stem in ("projector", "indexer-warmup") else "renews" not in raw
     raw |= {"model": "../../model", "fused": False, "log_seconds": 0.0, "stage": [shrink(s) for s in raw["stage"]]}
     folder = root / "configs" / "train"
     folder.mkdir(parents=True, exist_ok=True)
