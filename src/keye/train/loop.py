@@ -195,7 +195,8 @@ class Run:
             if logs:
                 self._log(stage, clock, step, done)
             if saves or ends:
-                self._save(Progress(number, clock.step, clock.seconds(), False, data, guard.state()), optimizer, saves)
+                progress = Progress(number, clock.step, clock.seconds(), False, data, guard.state())
+                self._save(progress, optimizer, Clock.WITH_MODEL if ends else saves)
             if ends:
                 self.checkpoints.wait()
                 raise KeyboardInterrupt

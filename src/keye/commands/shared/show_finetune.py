@@ -124,9 +124,8 @@ def _cost_rows(check: Check) -> list[tuple[str, str]]:
         return []
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in cost.memory.items() if size)
     free = "" if cost.free is None else f", {format_bytes(cost.free)} free"
-    hours = (
-        f"{cost.seconds / 3600:.1f} hours" if cost.seconds >= 5400 else f"{max(1, round(cost.seconds / 60))} minutes"
-    )
+    minutes = plural(math.ceil(cost.seconds / 60), "minute")
+    hours = f"{cost.seconds / 3600:.1f} hours" if cost.seconds >= 5400 else minutes
     return [("memory", f"about {format_bytes(cost.total)} ({parts}){free}"),
             ("time", f"about {hours} for {plural(cost.packs, 'pack')} in {plural(cost.steps, 'step')}")]  # fmt: skip
 
