@@ -140,3 +140,14 @@ def test_mistakes_are_one_sentence(
     result = run("finetune", *(places.get(word, word) for word in words))
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("keye: ") and sentence in result.err
+
+
+def test_a_folder_of_others_is_kept_and_nothing_is_computed_before(
+    run: Callable, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"mine")
+    result = run("finetune", model_folder, data, "-o", out, "--max-length", 700)
+    assert result.code == 2 and "holds a model that no run made" in result.err and "answering" not in result.err
+    assert [path.name for path in out.iterdir()] == ["model.safetensors"]

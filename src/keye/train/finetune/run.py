@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keye.config.toml import to_toml
+from keye.process import check_device
 from keye.train.finetune.answers import (
     answer_questions,
     choose_questions,
@@ -16,7 +17,7 @@ from keye.train.finetune.answers import (
     save_answers,
 )  # fmt: skip
 from keye.train.loop import train
-from keye.train.output import LOG_FILE
+from keye.train.output import LOG_FILE, check_output
 from keye.train.recipes import find_recipe
 from keye.train.recipes.family.batches import SKIPPED_FILE
 from keye.train.recipes.family.config import FamilyConfig
@@ -48,6 +49,8 @@ def finetune(
 ) -> Outcome:  # fmt: skip
     """Answers questions, trains, answers them again and writes the report. `on_report` gets each record of the log,
     `on_phase` what happens outside training. After an interruption the report shows the run as far as it came."""
+    check_device(run.device)
+    check_output(run, resume)  # a mistake there is reported before minutes are spent on answers
     chosen = choose_questions(run, questions) if questions else []
     answers = load_answers(run.output)
     if len(answers) != len(chosen):

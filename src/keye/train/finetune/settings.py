@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from keye.config import ConfigError, KeyeConfig
 from keye.config.settings import Settings, parse_settings, read_toml
+from keye.models.quant_fill import stored_policy
 from keye.train.config import GuardSettings, LoraSettings
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage, MediaConfig
 
@@ -172,6 +173,9 @@ def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> Fa
     is_sparse, context = config.text.sparse is not None, config.text.max_position_embeddings
     if settings.max_length is not None and settings.max_length > context:
         raise ConfigError(f"max_length is {settings.max_length:,}, and the model's context holds {context:,}; lower it")
+    if settings.method == "full" and stored_policy(config) is not None:
+        raise ConfigError(f"{folder} is quantised and cannot be trained as a whole; leave --method full out, or start "
+                          "from the model that it was made of")  # fmt: skip
     settings = settings.model_copy(update={"max_length": settings.max_length or min(MAX_LENGTH, context)})
     lora = None
     if settings.method == "lora":
