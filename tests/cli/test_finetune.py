@@ -129,7 +129,11 @@ def test_samples_longer_than_the_selection_are_a_warning(
         (("MODEL", "DATA", "-o", "out", "--weights", "a,b"), "--weights has 'a', which is not a number"),
         (("MODEL", "DATA", "-o", "out", "--columns", "messages"), "--columns messages names no column"),
         (("MODEL", "DATA", "-o", "out", "--freeze-llm"), "every part is frozen"),
-        (("MODEL", "DATA", "-o", "out", "--attn_impl", "sdpa"), "No such option"),
+        (
+            ("MODEL", "DATA", "-o", "out", "--attn_impl", "sdpa"),
+            "leave --attn-impl out: keye chooses its kernels itself. See keye finetune -h.",
+        ),
+        (("MODEL", "DATA", "-o", "out", "--lora_rnak", "4"), "--lora-rank"),
         (("--from", "none.sh"), "none.sh cannot be read"),
     ],
 )

@@ -10,7 +10,7 @@ import click
 
 from keye.commands.shared import options
 from keye.errors import KeyeError
-from keye.train.finetune.names import rename_flags
+from keye.train.finetune.names import own_name, rename_flags
 
 if TYPE_CHECKING:
     from keye.train.finetune.settings import FinetuneSettings
@@ -38,7 +38,14 @@ class FinetuneCommand(click.Command):
     """A command that takes flags under the names of other trainers too; help lists keye's alone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, rename_flags(args))
+        try:
+            return super().parse_args(ctx, rename_flags(args))
+        except click.NoSuchOption as error:
+            from keye.train.finetune.foreign import find_reason
+
+            if (reason := find_reason(own_name(error.option_name))) is None:
+                raise
+            raise click.UsageError(f"leave {error.option_name} out: {reason}.", ctx) from None
 
 
 data = options.combine(

@@ -227,7 +227,7 @@ def _convert(tool: str, path: Path, fields: list[tuple[str, Any]]) -> Imported:
             reason = "keye finetune run again resumes" if own[0] == "r" else "dtype is bfloat16 unless set"
             skipped.append((name, value, reason))
         else:
-            skipped.append((name, value, _reason(own)))
+            skipped.append((name, value, find_reason(own) or _UNKNOWN))
     _finish(settings, skipped)
     if tool == "LLaMA-Factory":
         _name_sets(settings, skipped)
@@ -239,8 +239,9 @@ def _convert(tool: str, path: Path, fields: list[tuple[str, Any]]) -> Imported:
     return Imported(tool, path.name, {name: settings[name] for name in order}, tuple(skipped))
 
 
-def _reason(name: str) -> str:
-    return next((reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, name)), _UNKNOWN)
+def find_reason(name: str) -> str | None:
+    """Why a field of another trainer has no setting; None for one that is not known."""
+    return next((reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, name)), None)
 
 
 def _read_value(name: str, value: Any) -> Any:
