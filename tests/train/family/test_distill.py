@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from keye.config import ConfigError
+from keye.config import ConfigError, load_model_config
 from keye.models.load import load_model, save_model
 from keye.train.losses import overlap_loss
 from keye.train.optim import mark_trainable
 from keye.train.recipe import move_batch
+from keye.train.recipes.family.config import DataConfig
 from keye.train.recipes.family.distill import Distillation
+from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.family import all_steps, family_stage, learn, talk, tiny_network, write_rows
 from tests.support.tiny import tiny_config, tiny_folder, tiny_raw
 
@@ -101,3 +103,23 @@ def test_a_teacher_that_reads_other_tokens_is_named(folder, tmp_path):
     stage = a_stage(folder, "topk", teacher=other)
     with pytest.raises(ConfigError, match="another tokenizer than the student"):
         Distillation(stage, tiny_network(), folder)
+
+
+def test_a_teacher_that_attends_densely_teaches_a_sparse_student(folder, student, tmp_path):
+    dense = tiny_folder(tmp_path / "dense", weights=False)
+    raw = {name: value for name, value in tiny_raw().items() if name != "sa_config"}
+    (dense / "config.json").write_text(json.dumps(raw))
+    save_model(fresh_model(load_model_config(dense), 0), dense, dtype=torch.float32)
+    stage = a_stage(folder, "topk", teacher=dense, attention="sparse")
+    objective = Distillation(stage, student, folder)
+    (step,) = all_steps(stage, folder)
+    assert bool(objective.loss(student, move_batch(step.micro[0], torch.device("cpu")), step.count).isfinite())
+
+
+def test_prompts_are_divided_into_as_many_parts_everywhere(folder):
+    rows = [talk(f"What is {n}?", "red") for n in range(19)]
+    data = write_rows(folder / "many.jsonl", rows)
+    stage = a_stage(folder, "topk").model_copy(update={"data": (DataConfig(path=str(data)),), "batch": 19})
+    shares = [all_steps(stage, folder, rank=rank, size=2)[0] for rank in range(2)]
+    assert [len(share.micro) for share in shares] == [2, 2]
+    assert sum(float(micro.weights.sum()) for share in shares for micro in share.micro) == shares[0].count == 19

@@ -29,7 +29,7 @@ from keye.train.recipe import move_batch
 from keye.train.recipes.family.batches import Batches
 from keye.train.recipes.family.config import FamilyStage
 from keye.train.recipes.family.objectives import PackObjective
-from keye.train.recipes.family.sampled import make_sampler, sampling_params
+from keye.train.recipes.family.sampled import TOGETHER, make_sampler, sampling_params
 from keye.train.rollouts import Sampler
 from keye.train.tree import IGNORE
 
@@ -53,10 +53,13 @@ class PromptBatches(Batches):
         return sample.sample.weight
 
     def make_micro(self, samples: Sequence[LaidOut], figures: dict[str, float]) -> list[Any]:
-        own = tuple(entry.sample for entry in samples[self.rank :: self.size])
-        filler = () if own else (samples[0].sample,)
-        weights = [sample.weight for sample in own] + [0.0 for _ in filler]
-        return [PromptBatch((*own, *filler), np.array(weights, np.float32))]
+        own = [entry.sample for entry in samples[self.rank :: self.size]]
+        micro = []
+        for start in range(0, -(-len(samples) // self.size), TOGETHER):
+            part = own[start : start + TOGETHER]
+            weights = [sample.weight for sample in part] or [0.0]  # one that does not count, to take the same steps
+            micro.append(PromptBatch(tuple(part or [samples[0].sample]), np.array(weights, np.float32)))
+        return micro
 
 
 class Distillation(PackObjective):
@@ -102,7 +105,8 @@ class Distillation(PackObjective):
         labels, weights, student = packed.labels[rows], packed.weights[rows], hidden[rows]
         log_probs = token_log_probs(model.logits, student, labels)
         with torch.no_grad():
-            taught = self.forward(self.teacher, packed)[0][rows]
+            mode = self.mode if self.teacher.config.text.sparse is not None else "dense"
+            taught = self.forward(self.teacher, packed, mode)[0][rows]
             reference = token_log_probs(self.teacher.logits, taught, labels)
         self.figures.add("kl_to_teacher", float((log_probs.detach() - reference).sum()), len(rows))
         side = self.side_losses(step, float(weights.sum()))

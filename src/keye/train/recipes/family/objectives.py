@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from keye.models.keye import KeyeModel
 from keye.models.moe import MoE
+from keye.train.config import TrainMode
 from keye.train.features import FeatureCache, encode_media
 from keye.train.losses import token_log_probs
 from keye.train.packed import TreeStep
@@ -31,12 +32,14 @@ class PackObjective:
         self._counts: Tensor | None = None
         self.keep_counts(model)
 
-    def forward(self, model: KeyeModel, packed: Packed[Tensor]) -> tuple[Tensor, TreeStep]:
-        """Hidden states [T, d] of a pack, and the step that has watched the layers."""
+    def forward(
+        self, model: KeyeModel, packed: Packed[Tensor], mode: TrainMode | None = None
+    ) -> tuple[Tensor, TreeStep]:
+        """Hidden states [T, d] of a pack, and the step that has watched the layers; the stage's `mode` by default."""
         visual = encode_media(model, packed, self.cache)
         measure = self.mode != "dense" and torch.is_grad_enabled() and self._passes % RECALL_INTERVAL == 0
         self._passes += torch.is_grad_enabled()
-        step = TreeStep(packed.segments, model.config.text, self.mode, measure_recall=measure)
+        step = TreeStep(packed.segments, model.config.text, mode or self.mode, measure_recall=measure)
         return model(model.embed(packed.token_ids, visual), packed.position_ids, step), step
 
     def keep_counts(self, model: KeyeModel) -> None:
