@@ -6,13 +6,15 @@ head.
 
 * `forward_s`, `backward_s`, `optimizer_s`: CPU seconds over all threads, the median of `--steps` steps after two that
   warm up; `frames_per_second` a core in the case `nano`;
+* `--elementwise`: small operations with gradients by the compiled core, as a run has them; plain torch; or compiled by
+  torch, as a run without the core has them with `fused = true`;
 * `gflop`: operations of matrix products in one step. Those of attention count pairs of queries and keys that attend:
   two products forward, four backward, and of the indexer one over all pairs and two over chosen ones;
 * `gemm_share`: `gflop` in the forward and backward pass a second, by the rate of products of bfloat16 matrices with
   2,048 rows and columns (`gemm_gflops`, by CPU seconds of one thread), measured between the steps.
 
 Prints JSON. Run:
-    python benchmarks/train_step.py [--case nano] [--attention sparse] [--fused] [--threads 1] [--steps 5]
+    python benchmarks/train_step.py [--case nano] [--attention sparse] [--elementwise core] [--threads 1] [--steps 5]
     python benchmarks/train_step.py --case wide [--length 8192] --steps 1
 """
 
@@ -36,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from keye.config import KeyeConfig, TextConfig, load_model_config, model_config_from_dict
 from keye.hub import asset
 from keye.models.keye import KeyeModel
-from keye.ops.elementwise import compile_elementwise
+from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
 from keye.ops.registry import find_training_elementwise
 from keye.train.config import TrainMode
 from keye.train.optim import Optimizer, Trained, mark_trainable
@@ -178,11 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=("nano", "wide"), default="nano")
     parser.add_argument("--attention", choices=("dense", "warmup", "sparse"), default="sparse")
-    parser.add_argument(
-        "--fused",
-        action="store_true",
-        help="compile element-wise operations by torch, as `fused = true` does where the compiled core cannot be built",
-    )
+    parser.add_argument("--elementwise", choices=("core", "plain", "fused"), default="core")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the case wide")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5)
@@ -191,9 +189,16 @@ def main() -> None:
     case = (Nano if arguments.case == "nano" else Wide)(arguments.attention, arguments.length)
     width = case.model.config.text.hidden_size
     case.model.set_elementwise(find_training_elementwise(case.model.device, width))  # as the loop does
-    if arguments.fused and (fused := compile_elementwise(torch.device("cpu"))) is not None:
-        case.model.set_elementwise(fused)
-    settings = {name: getattr(arguments, name) for name in ("case", "attention", "fused", "threads")}
+    width = case.model.config.text.hidden_size
+    choices: dict[str, Callable[[torch.device], Elementwise | None]] = {
+        "core": lambda device: find_training_elementwise(device, width), "plain": lambda device: PLAIN,
+        "fused": compile_elementwise,
+    }  # fmt: skip
+    elementwise = choices[arguments.elementwise](torch.device("cpu"))
+    if elementwise is None:
+        parser.error("no C++ compiler works here, which --elementwise fused needs")
+    case.model.set_elementwise(elementwise)
+    settings = {name: getattr(arguments, name) for name in ("case", "attention", "elementwise", "threads")}
     print(json.dumps({**settings, **measure(case, arguments.attention, arguments.steps)}, indent=2))
 
 
