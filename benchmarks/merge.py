@@ -4,8 +4,8 @@
 
 The models are folders of one architecture, such as keye-nano after different last stages. Weights are searched on `dev`
 questions (`keye merge --search` with another score: the mean of accuracy and mIoU); each model, the plain mean and the
-average result are then measured on `test` questions that the search never saw. An interrupted search goes on in FOLDER.
-Prints a JSON object.
+average of the best weights are then measured on `test` questions that the search never saw. An interrupted search goes
+on in FOLDER. Prints a JSON object.
 """
 
 from __future__ import annotations

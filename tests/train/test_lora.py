@@ -13,13 +13,20 @@ from torch import Tensor, nn
 
 import keye
 from keye import Keye
+from keye.chat.messages import Medium
 from keye.config import model_config_from_dict
 from keye.models.keye import KeyeModel
 from keye.models.moe import MoE
 from keye.train.config import LoraSettings
+from keye.train.features import encode_media
 from keye.train.lora import LoraError, LoraParameters, add_lora, load_adapter, multiply_grouped, save_adapter
+from keye.train.losses import token_log_probs
 from keye.train.packed import TreeStep
+from keye.train.packing import load, pack
+from keye.train.recipe import move_batch
 from keye.train.recipes.nano.initialise import fresh_model
+from keye.train.tree import IGNORE
+from tests.support.layouts import nano_layout, sample
 from tests.support.tiny import tiny_folder, tiny_model, tiny_raw
 
 IDS = list(range(20, 60))
@@ -198,6 +205,40 @@ def test_the_engine_computes_what_the_trainer_computes(mode: str, rslora: bool, 
     runtime.load_adapter(save_adapter(lora, tmp_path / "tuned"), "tuned")
     assert float((engine_log_probs(runtime, "tuned") - ours).abs().max().detach()) < 1e-3
     assert not torch.allclose(engine_log_probs(runtime), ours, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_trained_replies_have_the_same_log_probabilities_in_the_engine(tmp_path: Path) -> None:
+    """Of keye-nano with a trained adapter, about a video of 32 frames."""
+    layout, folder = nano_layout(), keye.hub.asset("nano")
+    video = Medium("video", str(keye.hub.asset("demo.mp4")), {"nframes": 32})
+    pairs = (("when is the cyan triangle visible?", "[[3.0, 5.0]]"), ("how many circles are there?", "7"))
+    items = [sample((video, question), answer) for question, answer in pairs]
+    packs = [move_batch(load(pack([layout.lay_out(item)], 100_000)[0]), torch.device("cpu")) for item in items]
+    model = keye.load(folder).model.train()
+    lora = add_lora(model, LoraSettings(rank=8, experts=True))
+    optimizer = torch.optim.AdamW(list(lora.named.values()), lr=3e-3)
+
+    def learnt(packed: Any) -> tuple[Tensor, Tensor]:
+        step = TreeStep(packed.segments, model.config.text, "sparse", teach=False)
+        hidden = model(model.embed(packed.token_ids, encode_media(model, packed)), packed.position_ids, step)
+        rows = (packed.labels != IGNORE).nonzero().squeeze(1)
+        return token_log_probs(model.logits, hidden[rows], packed.labels[rows]), rows
+
+    for _ in range(15):
+        for packed in packs:
+            (-learnt(packed)[0].mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    runtime = keye.load(folder, adapters={"tuned": save_adapter(lora, tmp_path / "tuned")})
+    errors = []
+    for item, packed in zip(items, packs, strict=True):
+        ours, rows = learnt(packed)
+        assert float(ours.detach().mean()) > -0.1
+        prompt = layout.builder.lay_out(layout.builder.render(item.messages, template=layout.template))
+        errors.append((runtime.engine.score([prompt], adapter="tuned")[0].logprobs[rows] - ours.detach()).abs())
+    error = torch.cat(errors)
+    assert float(error.mean()) <= 0.003 and float(error.max()) <= 0.1
 
 
 @pytest.mark.parametrize("own", ["gate_up_proj", "down_proj"])
