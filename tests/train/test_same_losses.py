@@ -28,13 +28,13 @@ STAGES = (
 RECORDED = [
     {"loss": 32.2763, "grad_norm": 28.6201},
     {"loss": 30.7632, "grad_norm": 26.9657},
-    {"loss": 7.51703, "balance": 1.02933, "grad_norm": 14.1899},
-    {"loss": 7.53272, "balance": 1.02734, "grad_norm": 17.8551},
-    {"loss": 7.51755, "balance": 1.03421, "grad_norm": 16.7101},
-    {"kl/3": 0.409741, "grad_norm": 0.354465},
-    {"kl/3": 0.364461, "grad_norm": 0.271635},
-    {"loss": 7.55155, "kl/3": 0.243838, "balance": 1.03187, "grad_norm": 2.39642},
-    {"loss": 7.49688, "kl/3": 0.216071, "balance": 1.03801, "grad_norm": 2.16467},
+    {"loss": 7.51678, "balance": 1.02934, "grad_norm": 14.3465},
+    {"loss": 7.53081, "balance": 1.02774, "grad_norm": 17.9493},
+    {"loss": 7.5174, "balance": 1.03495, "grad_norm": 16.773},
+    {"kl/3": 0.409624, "grad_norm": 0.355001},
+    {"kl/3": 0.364705, "grad_norm": 0.271624},
+    {"loss": 7.55104, "kl/3": 0.243667, "balance": 1.03199, "grad_norm": 2.48161},
+    {"loss": 7.51514, "kl/3": 0.207619, "balance": 1.04782, "grad_norm": 2.18758},
 ]
 
 

@@ -112,16 +112,19 @@ class Optimizer:
         grads, size = self._grads, self.group.size
         if size > 1:  # what one process's batch left out, another's may hold: all send the same tensors in one order
             for name, p in self.parameters.items():
-                if name not in grads:
-                    grads[name] = torch.zeros_like(local_part(p), dtype=torch.float32)
+                grad = grads.pop(name, None)
+                grads[name] = torch.zeros_like(local_part(p), dtype=torch.float32) if grad is None else grad
                 sum_copies(grads[name], p)
         copies = {name: copies_of(p, size) for name, p in self.parameters.items()}
-        self.group.sum([grads[name] for name in self.parameters if size > 1 and copies[name] == size])
+        self.group.sum([grad for name, grad in grads.items() if copies[name] == size])
         if not grads:
             return 0.0
         norms = torch.stack([grad.norm() for grad in grads.values()]).double()
-        shares = torch.tensor([1 / copies[name] for name in grads], dtype=torch.float64, device=norms.device)
-        return math.sqrt(self.group.total(float((norms.square() * shares).sum()))[0])
+        squares = (norm**2 / copies[name] for norm, name in zip(norms.tolist(), grads, strict=True))
+        totals = dict(zip(grads, self.group.total(*squares), strict=True))
+        # What no token of the step has met stays as it is, without decay too, however the step is divided.
+        self._grads = {name: grad for name, grad in grads.items() if totals[name] != 0}
+        return math.sqrt(math.fsum(totals.values()))
 
     @torch.no_grad()
     def update(self, factor: float, norm: float) -> None:
