@@ -11,7 +11,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "32 frames, recent keys": {"frames": (32, 32), "select": "recent"},
     "64 frames": {"frames": (64, 64)},
     "64 frames, dense": {"frames": (64, 64), "mode": "dense"},
+}
+#: Clips longer than most of training.
+LONG: dict[str, dict[str, Any]] = {
     "128 frames": {"frames": (128, 128)},
+    "128 frames, dense": {"frames": (128, 128), "mode": "dense"},
 }
 #: What a search looks at: pieces of films over textures and photographs, in many aspect ratios. Photographs are those
 #: of matplotlib, scikit-learn and scikit-image; without them other textures are drawn and the scores differ.
@@ -40,7 +46,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 #: Tasks that come up so rarely that they are asked about on their own.
 RARE = {task: {"tasks": (task,)} for task in ("place", "direction", "size", "times", "cut_time")}
-ALL_SETTINGS = SETTINGS | WINDOWS | RARE
+ALL_SETTINGS = SETTINGS | LONG | WINDOWS | RARE
 
 
 def run(name: str, model: str, count: int) -> dict[str, Any]:
@@ -60,14 +66,17 @@ def accuracy_of(result: dict[str, Any]) -> float:
 
 
 def write_card(lines: Path) -> None:
-    """Replaces the tables of the packaged model card, each between its marks, by those of the results in `lines`."""
+    """Replaces those tables of the packaged model card, each between its marks, whose settings are all in `lines`."""
     from keye.hub import asset
 
     results = {item["setting"]: item for item in map(json.loads, lines.read_text().splitlines())}
     card = asset("nano") / "README.md"
     text = card.read_text()
-    tables = {"scores": score_table(results), "windows": window_table(results),
-              "rare": rare_table(results), "tasks": task_table(results["test"], results["unseen"])}  # fmt: skip
+    writers: dict[str, tuple[Iterable[str], Callable[[dict[str, Any]], str]]] = {
+        "scores": (SETTINGS, partial(score_table, names=SETTINGS)), "long": (LONG, partial(score_table, names=LONG)),
+        "windows": (WINDOWS, window_table), "rare": (RARE, rare_table), "tasks": (("test", "unseen"), task_table),
+    }  # fmt: skip
+    tables = {mark: write(results) for mark, (names, write) in writers.items() if set(names) <= set(results)}
     for mark, table in tables.items():
         before, _, rest = text.partition(f"<!-- {mark} -->\n")
         _, end, after = rest.partition(f"<!-- end of {mark} -->\n")
@@ -76,13 +85,12 @@ def write_card(lines: Path) -> None:
     card.write_text(text)
 
 
-def score_table(results: dict[str, dict[str, Any]]) -> str:
+def score_table(results: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
     """A row for each setting."""
     head = "setting | questions | mIoU | whole video | R1@0.3 / 0.5 / 0.7 | accuracy | k / context"
     rows = [head, "|".join(["---"] * 7)]
-    for name in SETTINGS:
-        if (item := results.get(name)) is None:
-            continue
+    for name in names:
+        item = results[name]
         recall = " / ".join(f"{item['grounding'][f'r1@{level}']:.1f}" for level in (0.3, 0.5, 0.7))
         scores = f"{item['miou']:.1f} ± {item['miou_error']:.1f} | {item['whole_video_miou']:.1f} | {recall}"
         right = f"{item['accuracy']:.1f} ± {item['accuracy_error']:.1f}"
@@ -95,8 +103,7 @@ def window_table(results: dict[str, dict[str, Any]]) -> str:
     rows = ["setting | questions | presence of objects / words | calibration error | mIoU | whole video | "
             "`[]` where absent", "|".join(["---"] * 7)]  # fmt: skip
     for name in WINDOWS:
-        if (item := results.get(name)) is None:
-            continue
+        item = results[name]
         objects, words, never = (
             item["tasks"][task]["accuracy"] for task in ("presence", "presence_text", "ground_none")
         )
@@ -110,14 +117,14 @@ def rare_table(results: dict[str, dict[str, Any]]) -> str:
     """A row for each task that is asked about on its own."""
     rows = ["task | questions | accuracy | majority", "|".join(["---"] * 4)]
     for name in RARE:
-        if (result := results.get(name)) is not None:
-            item = result["tasks"][name]
-            rows.append(f"{name} | {item['n']} | {item['accuracy']:.1f} ± {item['error']:.1f} | {item['majority']:.1f}")
+        item = results[name]["tasks"][name]
+        rows.append(f"{name} | {item['n']} | {item['accuracy']:.1f} ± {item['error']:.1f} | {item['majority']:.1f}")
     return "".join(f"| {row} |\n" for row in rows)
 
 
-def task_table(test: dict[str, Any], unseen: dict[str, Any]) -> str:
+def task_table(results: dict[str, dict[str, Any]]) -> str:
     """A row for each task; those that do not count towards the accuracy stand in brackets."""
+    test, unseen = results["test"], results["unseen"]
     rows = ["task | n | test | majority | unseen", "|".join(["---"] * 5)]
     for name, item in test["tasks"].items():
         label = name if item["shipped"] else f"({name})"
