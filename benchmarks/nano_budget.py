@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from keye.config import load_model_config
-from keye.ops.elementwise import compile_elementwise
+from keye.ops.registry import find_training_elementwise
 from keye.train.optim import Optimizer, mark_trainable
 from keye.train.recipe import move_batch
 from keye.train.recipes import load_run
@@ -35,9 +35,9 @@ FIRST = 2
 
 def step_seconds(stage: NanoStage, folder: Path, steps: int) -> dict[str, float]:
     """Mean seconds of a step of a stage, over the batches of its first seeds."""
-    model = fresh_model(load_model_config(folder), 0).bfloat16().train()
-    if (fused := compile_elementwise(torch.device("cpu"))) is not None:
-        model.set_elementwise(fused)
+    config = load_model_config(folder)
+    model = fresh_model(config, 0).bfloat16().train()
+    model.set_elementwise(find_training_elementwise(model.device, config.text.hidden_size))
     optimizer, objective = Optimizer(mark_trainable(model, stage)), NanoRecipe().make_objective(stage, model)
     making, training = 0.0, 0.0
     for number in range(FIRST + steps):
