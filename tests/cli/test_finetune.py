@@ -108,6 +108,15 @@ def test_planted_faults_are_named_with_their_lines(
     assert [fault.split(": ")[0] for fault in result.data["data"]["faults"]] == [f"{data}:{n}" for n in (7, 8, 9, 10)]
 
 
+def test_data_without_a_good_row_is_a_problem(run: Callable, model_folder: Path, data: Path, tmp_path: Path) -> None:
+    data.write_text('{"messages": []}\n' * 3)
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700]
+    checked = run(*words, "--check")
+    assert checked.code == 1 and "problem: none of the 3 rows can be learnt from" in checked.out
+    assert all(f"{data}:{line}: " in checked.out for line in (1, 2, 3))
+    assert run(*words).code == 2
+
+
 def test_samples_longer_than_the_selection_are_a_warning(
     run: Callable, own_model: Path, data: Path, tmp_path: Path
 ) -> None:

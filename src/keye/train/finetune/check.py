@@ -4,6 +4,7 @@ change, and what memory and time it takes."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -14,6 +15,8 @@ import torch
 from keye.cache.slabs import free_memory
 from keye.config import KeyeConfig, load_generation_config, load_model_config
 from keye.data.check import DataCheck, Progress, check_sets
+from keye.data.samples import Sample
+from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
 from keye.sessions.search.questions import ground_question
 from keye.train.finetune.measure import MOST_SAMPLES, Measured, measure
@@ -98,13 +101,20 @@ def check_run(
     data = check_sets(sets, seed=run.seed, media=media, on_progress=on_progress, ground_question=question)
     layout = Layout.of_folder(run.model, max_tokens=stage.max_tokens)
     stream = open_stream(stage.data, run.output, seed=run.seed, epochs=1.0)
-    style = config.release.thinking
+    style, problems, warnings = config.release.thinking, list[str](), list[str]()
+
+    def read() -> Iterator[Sample]:
+        try:
+            for sample in islice(stream, samples):
+                yield prepare(sample, stage.media, style)
+        except KeyeError as error:  # too many rows that cannot be learnt from: those that were read are shown
+            problems.append(str(error))
+
     measured = measure(
-        (prepare(sample, stage.media, style) for sample in islice(stream, samples)), layout, most=samples,
+        read(), layout, most=samples,
         on_progress=None if on_progress is None else
         lambda done: on_progress("samples", done, min(samples, stream.epoch_samples), None),
     )  # fmt: skip
-    problems, warnings = list[str](), list[str]()
     parts = _count_parts(run, config, problems)
     cost = None if problems or not measured.lengths else _predict(run, config, measured, stream.epoch_samples)
     _judge(run, config, data, measured, cost, problems, warnings)
