@@ -6,8 +6,9 @@ Legend: B clips, F frames, P trunk tokens (the video), L tail tokens (questions 
 from __future__ import annotations
 
 import random
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -57,6 +58,8 @@ IGNORE = -100
 CAPITAL_CHANCE = 0.25
 #: What a prompt ends with that asks for reasoning, and one that asks for none.
 THOUGHT, NO_THOUGHT = "<think>\n", "<think>\n\n</think>\n\n"
+#: The reasoning of questions that are answered at a glance.
+NOTHING_NOTED = "none"
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,19 @@ class Form:
     reply: str
 
 
-def choose_form(clip: Clip, question: Question, thinking: float, rng: random.Random) -> Form:
+def choose_form(
+    clip: Clip, question: Question, thinking: float, rng: random.Random, auto: Mapping[str, int] | None = None
+) -> Form:
     """A question in a thinking mode with the chance `thinking`: in two of three after its reasoning where it has some,
-    else with the opening that asks for none; the others without an opening."""
-    if rng.random() >= thinking:
-        return Form("", question.answer)
+    else mostly with the opening that asks for none. The others have no opening (auto) and are answered directly, but
+    after their reasoning where `auto` names the task and the clip has so many frames."""
     reasoning = trace(clip, question)
-    if not reasoning or rng.random() < 1 / 3:
+    if rng.random() >= thinking:
+        thinks = bool(reasoning) and clip.frames >= (auto or {}).get(question.task, sys.maxsize)
+        return Form("", write_reply(question.answer, reasoning if thinks else None, "auto", "prefill"))
+    if rng.random() < (1 / 3 if reasoning else 5 / 6):
         return Form(NO_THOUGHT, question.answer)
-    reply = write_reply(question.answer, reasoning, "think", "prefill")
+    reply = write_reply(question.answer, reasoning or NOTHING_NOTED, "think", "prefill")
     return Form(THOUGHT, reply.removeprefix(THOUGHT))
 
 
@@ -167,7 +174,7 @@ class BatchMaker:
                 chosen_questions.append(_capitalise(drawn, rng))
         forms = None
         if config.thinking:
-            forms = [[choose_form(clip, question, config.thinking, rng) for question in items]
+            forms = [[choose_form(clip, question, config.thinking, rng, config.auto) for question in items]
                      for clip, items in zip(clips, chosen_questions, strict=True)]  # fmt: skip
         return self.pack(clips, chosen_questions, pictures=mix.pictures, forms=forms)
 

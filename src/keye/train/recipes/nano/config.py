@@ -58,6 +58,9 @@ class NanoTable(Settings):
     thinking: Share = 0.0
     """Share of the questions that are asked in a thinking mode: most of those that reasoning helps are answered after
     it, the others have the opening that asks for none."""
+    auto: dict[str, int] = Field(default_factory=dict)
+    """Tasks whose questions are reasoned about where the prompt does not say whether to, with the fewest frames of a clip
+    at which they are; stages with `thinking` alone ask such questions."""
     time_binding: Weight = 0.0
     """Weight of the helper loss by which tokens of a frame name its time."""
     pointing: Weight = 0.0
@@ -75,7 +78,7 @@ class NanoTable(Settings):
             raise ValueError(f"{split!r} is not a split; choose {', '.join(SPLITS)}")
         return split
 
-    @field_validator("task_weights")
+    @field_validator("task_weights", "auto")
     @classmethod
     def _check_tasks(cls, weights: dict[str, float]) -> dict[str, float]:
         if unknown := sorted(set(weights) - set(TASKS)):
