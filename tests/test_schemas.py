@@ -25,7 +25,15 @@ def test_a_wrong_argument_writes_nothing() -> None:
     assert result.returncode == 2 and "--chek" in result.stderr
 
 
-@pytest.mark.parametrize(("example", "schema"), [("nano.toml", "train.json"), ("fleet.toml", "fleet.json")])
+@pytest.mark.parametrize(
+    ("example", "schema"),
+    [
+        ("nano.toml", "train.json"),
+        ("nano-modes.toml", "train.json"),
+        ("nano-mpo.toml", "train.json"),
+        ("fleet.toml", "fleet.json"),
+    ],
+)
 def test_examples_name_the_schema_that_they_follow(example: str, schema: str) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     text = (ROOT / "configs" / example).read_text(encoding="utf-8")

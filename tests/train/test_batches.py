@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from keye.chat.messages import Message
 from keye.chat.template import CHATML
 from keye.data.frameforge import make_clip, questions, render, stream
 from keye.train.batches import derived_seed
+from keye.train.modes import is_well_formed
 from keye.train.recipes.nano.batches import (
     IGNORE,
     NO_THOUGHT,
@@ -17,9 +19,10 @@ from keye.train.recipes.nano.batches import (
     VISION_TARGETS,
     PackedBatch,
     batch_maker,
+    choose_form,
     make_batch,
 )
-from keye.train.recipes.nano.config import Mix
+from keye.train.recipes.nano.config import AutoRule, Mix
 from tests.support.tiny import NANO
 from tests.support.training import assert_same, nano_stage, question_spans
 
@@ -149,3 +152,33 @@ def test_a_thinking_stage_asks_in_all_forms():
         assert (think in reply) == (text == THOUGHT)
         assert maker.tokenizer.decode(reply[:-1]).endswith(answer.question.answer)
     assert openings == {"", THOUGHT, NO_THOUGHT}
+
+
+def test_replies_without_an_opening_think_where_a_rule_says_so():
+    rules = (AutoRule(task="count", frames=6, items=2), AutoRule(task="order"))
+    for frames in (4, 8):
+        for seed in range(8):
+            clip = make_clip(seed, frames=frames, objects=4)
+            for question in questions(clip, stream("train", seed, "auto"), 12):
+                form = choose_form(clip, question, 0.0, stream("train", seed, "form"), rules)
+                counted = question.task == "count" and frames == 8 and len(clip.scene.objects) >= 2
+                assert form.opening == ""
+                assert form.reply.startswith(THOUGHT) == (counted or question.task == "order")
+                assert form.reply.endswith(question.answer)
+
+
+def test_every_question_can_be_thought_about():
+    clip, rng, openings = make_clip(1, frames=8), stream("train", 0, "forms"), set()
+    for _ in range(40):
+        for question in questions(clip, rng, 4, tasks=("ground", "count")):
+            form = choose_form(clip, question, 1.0, rng)
+            openings.add((question.task, form.opening))
+            mode = "think" if form.opening == THOUGHT else "no_think"
+            text = form.opening.removeprefix(NO_THOUGHT) + form.reply
+            assert is_well_formed(text, mode, "prefill")
+    assert len(openings) == 4
+
+
+def test_rules_name_tasks_that_have_reasoning():
+    with pytest.raises(ValidationError, match="'read' has no reasoning"):
+        AutoRule(task="read")

@@ -22,6 +22,7 @@ import torch
 from keye.cache.sequence import KVCache
 from keye.cache.slabs import KVFormat, KVOptions, check_kv_format
 from keye.chat.messages import Medium, Message
+from keye.chat.replies import parse_reply
 from keye.chat.template import CHATML
 from keye.chat.times import Interval, merge_intervals
 from keye.config import ProcessorConfig
@@ -215,18 +216,20 @@ class ClipPrompt:
     ) -> None:
         medium = Medium("video", frames, dict(options or {}))
         full = builder.build([Message("user", (medium, questions[0]))])
-        self.branches = []
-        for question in questions:
-            segments = CHATML.render([Message("user", (medium, question))])
-            place = next(index for index, segment in enumerate(segments) if segment.value is medium)
-            parts = ((str(segment.value), segment.kind == "template") for segment in segments[place + 1 :])
-            self.branches.append(builder.tokenizer.encode_parts(parts))
+        self._medium, self._encode = medium, builder.tokenizer.encode_parts
+        self.branches = [self.branch(question) for question in questions]
         shared = full.token_ids.shape[0] - len(self.branches[0])
         assert full.token_ids[shared:].tolist() == self.branches[0], "the branch is the end of the prompt"
         self.trunk = Prompt(
             full.token_ids[:shared], full.position_ids[:, :shared], full.is_visual[:shared],
             int(full.position_ids[0, shared]), full.media,
         )  # fmt: skip
+
+    def branch(self, question: str, thinking: bool | None = None) -> list[int]:
+        """What follows on the trunk in the prompt of a question that asks for reasoning, for none, or for neither."""
+        segments = CHATML.render([Message("user", (self._medium, question))], thinking=thinking)
+        place = next(index for index, segment in enumerate(segments) if segment.value is self._medium)
+        return self._encode((str(segment.value), segment.kind == "template") for segment in segments[place + 1 :])
 
     def continue_trunk(self, branch: Sequence[int], computed: KVCache) -> Prompt:
         """Trunk and branch as the prompt that continues the trunk, which is `computed`."""
@@ -278,7 +281,8 @@ class _Examiner:
             text = self.runtime.tokenizer.decode(reply)
             first = math.exp(float(result.raw_logprobs[0]))
             yes = first if text.startswith("yes") else 1 - first
-            scored.append(replace(score(clip, question, text, number), yes=yes if question.answer in YES_NO else None))
+            answered = score(clip, question, parse_reply(text).text, number)
+            scored.append(replace(answered, yes=yes if question.answer in YES_NO else None))
         return scored
 
     def figures(self) -> dict[str, Any]:

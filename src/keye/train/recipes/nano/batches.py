@@ -6,9 +6,8 @@ Legend: B clips, F frames, P trunk tokens (the video), L tail tokens (questions 
 from __future__ import annotations
 
 import random
-import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -39,7 +38,7 @@ from keye.media.positions import build_position_ids
 from keye.media.sizes import compute_frame_sizes
 from keye.train.batches import BatchService, StepBatch, derived_seed
 from keye.train.modes import write_reply
-from keye.train.recipes.nano.config import Mix, NanoStage, NanoTable
+from keye.train.recipes.nano.config import AutoRule, Mix, NanoStage, NanoTable
 from keye.train.recipes.nano.evidence import (
     Array,
     Comparison,
@@ -71,19 +70,23 @@ class Form:
 
 
 def choose_form(
-    clip: Clip, question: Question, thinking: float, rng: random.Random, auto: Mapping[str, int] | None = None
+    clip: Clip, question: Question, thinking: float, rng: random.Random, auto: Sequence[AutoRule] = ()
 ) -> Form:
     """A question in a thinking mode with the chance `thinking`: in two of three after its reasoning where it has some,
-    else mostly with the opening that asks for none. The others have no opening (auto) and are answered directly, but
-    after their reasoning where `auto` names the task and the clip has so many frames."""
+    else mostly with the opening that asks for none. The others have no opening, and reasoning where `auto` says so."""
     reasoning = trace(clip, question)
     if rng.random() >= thinking:
-        thinks = bool(reasoning) and clip.frames >= (auto or {}).get(question.task, sys.maxsize)
+        thinks = any(_is_meant(rule, clip, question, reasoning) for rule in auto)
         return Form("", write_reply(question.answer, reasoning if thinks else None, "auto", "prefill"))
     if rng.random() < (1 / 3 if reasoning else 5 / 6):
         return Form(NO_THOUGHT, question.answer)
     reply = write_reply(question.answer, reasoning or NOTHING_NOTED, "think", "prefill")
     return Form(THOUGHT, reply.removeprefix(THOUGHT))
+
+
+def _is_meant(rule: AutoRule, clip: Clip, question: Question, reasoning: str) -> bool:
+    items = reasoning.count("; ") + 1
+    return rule.task == question.task and clip.frames >= rule.frames and items >= rule.items
 
 
 @dataclass(frozen=True)

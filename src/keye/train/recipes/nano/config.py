@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from keye.config.settings import Settings
-from keye.data.frameforge import SPLITS, TASKS
+from keye.data.frameforge import SPLITS, TASKS, TRACED_TASKS
 from keye.data.frameforge.scene import MAX_OBJECTS
 from keye.train.config import Share, StageConfig, TrainConfig, Weight
 
@@ -37,6 +37,23 @@ class Mix(Settings):
         return self
 
 
+class AutoRule(Settings):
+    """Questions that are worth thinking about."""
+
+    task: str
+    frames: int = Field(default=1, gt=0)
+    """Fewest frames of the clip."""
+    items: int = Field(default=1, gt=0)
+    """Fewest things that the reasoning lists."""
+
+    @field_validator("task")
+    @classmethod
+    def _check_task(cls, task: str) -> str:
+        if task not in TRACED_TASKS:
+            raise ValueError(f"{task!r} has no reasoning; choose {', '.join(TRACED_TASKS)}")
+        return task
+
+
 class NanoTable(Settings):
     """What a stage learns from FrameForge. Helper losses are described in `keye.train.recipes.nano.helpers`."""
 
@@ -58,9 +75,8 @@ class NanoTable(Settings):
     thinking: Share = 0.0
     """Share of the questions that are asked in a thinking mode: most of those that reasoning helps are answered after
     it, the others have the opening that asks for none."""
-    auto: dict[str, int] = Field(default_factory=dict)
-    """Tasks whose questions are reasoned about where the prompt does not say whether to, with the fewest frames of a clip
-    at which they are; stages with `thinking` alone ask such questions."""
+    auto: tuple[AutoRule, ...] = Field(default=(), strict=False)
+    """Questions that are reasoned about where the prompt does not say whether to."""
     time_binding: Weight = 0.0
     """Weight of the helper loss by which tokens of a frame name its time."""
     pointing: Weight = 0.0
@@ -78,7 +94,7 @@ class NanoTable(Settings):
             raise ValueError(f"{split!r} is not a split; choose {', '.join(SPLITS)}")
         return split
 
-    @field_validator("task_weights", "auto")
+    @field_validator("task_weights")
     @classmethod
     def _check_tasks(cls, weights: dict[str, float]) -> dict[str, float]:
         if unknown := sorted(set(weights) - set(TASKS)):
