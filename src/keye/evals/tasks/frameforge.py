@@ -281,8 +281,8 @@ class _Examiner:
             text = self.runtime.tokenizer.decode(reply)
             first = math.exp(float(result.raw_logprobs[0]))
             yes = first if text.startswith("yes") else 1 - first
-            answered = score(clip, question, parse_reply(text).text, number)
-            scored.append(replace(answered, yes=yes if question.answer in YES_NO else None))
+            answer = score(clip, question, parse_reply(text).text, number)
+            scored.append(replace(answer, yes=yes if question.answer in YES_NO else None))
         return scored
 
     def figures(self) -> dict[str, Any]:
