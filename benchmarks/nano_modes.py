@@ -37,7 +37,7 @@ from keye.train.modes import PassRates, is_well_formed
 from keye.train.rollouts import OPENED, find_loop
 
 THINKING = {"think": True, "no_think": False, "auto": None}
-TASKS_ASKED = ("count", "times", "order")
+MAIN_TASKS = ("count", "times", "order")
 #: Frames of the clips by which `rates` decides.
 RATED_FRAMES = (16, 32, 64)
 #: Longest reply, and most questions about one clip.
@@ -45,7 +45,7 @@ MAX_TOKENS, MOST_QUESTIONS = 256, 12
 
 
 @dataclass(frozen=True)
-class Asked:
+class ModeReply:
     """A reply to the question number `question` of clip number `clip`. `tokens` are those of the reply, `thought` those
     of its reasoning and the marks around it; the reasoning of FrameForge lists `items` things."""
 
@@ -72,28 +72,28 @@ class Examiner:
 
     def ask(
         self, number: int, clip: Clip, chosen: Sequence[Question], modes: Sequence[str], *, temperature: float = 0.0,
-        replies: int = 1,
-    ) -> list[Asked]:  # fmt: skip
+        samples: int = 1,
+    ) -> list[ModeReply]:  # fmt: skip
         """Every reply to the questions about clip `number`."""
         texts = [question.text for question in chosen]
         prompt = ClipPrompt(self.runtime.prompts, frames_of(clip, self.runtime.processor.config), texts)
         trunk, _ = self.engine.prefill(prompt.trunk)
-        asked = [(place, question, mode) for place, question in enumerate(chosen) for mode in modes]
+        requests = [(place, question, mode) for place, question in enumerate(chosen) for mode in modes]
         prompts = [
-            prompt.continue_trunk(prompt.branch(question.text, THINKING[mode]), trunk) for _, question, mode in asked
+            prompt.continue_trunk(prompt.branch(question.text, THINKING[mode]), trunk) for _, question, mode in requests
         ]
         params = SamplingParams(
             max_tokens=MAX_TOKENS, temperature=temperature, stop_token_ids=(self.end,), seed=number
         )  # fmt: skip
-        results = self.engine.generate(prompts, params, n=replies)
+        results = self.engine.generate(prompts, params, n=samples)
         trunk.free()
         return [
             self._grade(number, place, clip, question, mode, completion)
-            for (place, question, mode), result in zip(asked, results, strict=True)
+            for (place, question, mode), result in zip(requests, results, strict=True)
             for completion in result.completions
         ]
 
-    def _grade(self, number: int, place: int, clip: Clip, question: Question, mode: str, completion: Any) -> Asked:
+    def _grade(self, number: int, place: int, clip: Clip, question: Question, mode: str, completion: Any) -> ModeReply:
         ids, complete = list(completion.token_ids), completion.finish_reason == "stop"
         if complete:
             ids.pop()
@@ -103,7 +103,7 @@ class Examiner:
         formed = complete and is_well_formed(text, mode, "prefill")
         items = trace(clip, question).count("; ") + 1
         is_looping = find_loop(ids) is not None
-        return Asked(number, place, question.task, items, mode, right, formed, is_looping, len(ids), thought)
+        return ModeReply(number, place, question.task, items, mode, right, formed, is_looping, len(ids), thought)
 
 
 def draw(split: str, frames: int, tasks: Sequence[str], count: int, seed: int) -> Iterator[tuple[Clip, list[Question]]]:
@@ -113,13 +113,13 @@ def draw(split: str, frames: int, tasks: Sequence[str], count: int, seed: int) -
         clip = make_clip(rng.getrandbits(60), frames=frames, split=split)
         wanted = list(+left)
         chosen = questions(clip, rng, MOST_QUESTIONS, tasks=wanted, weights=dict.fromkeys(wanted, 1.0))
-        kept = []
+        remaining = []
         for question in chosen:
             if left[question.task] > 0:
                 left[question.task] -= 1
-                kept.append(question)
-        if kept:
-            yield clip, kept
+                remaining.append(question)
+        if remaining:
+            yield clip, remaining
 
 
 def percent(value: float) -> float | None:
@@ -127,43 +127,43 @@ def percent(value: float) -> float | None:
     return None if math.isnan(value) else round(100 * value, 2)
 
 
-def grouped(asked: Sequence[Asked], key: Callable[[Asked], Any]) -> dict[Any, list[Asked]]:
+def grouped(replies: Sequence[ModeReply], key: Callable[[ModeReply], Any]) -> dict[Any, list[ModeReply]]:
     """The replies by what `key` says of them."""
-    groups: dict[Any, list[Asked]] = defaultdict(list)
-    for reply in asked:
+    groups: dict[Any, list[ModeReply]] = defaultdict(list)
+    for reply in replies:
         groups[key(reply)].append(reply)
     return groups
 
 
-def accuracy(asked: Sequence[Asked]) -> tuple[float, float]:
+def accuracy(replies: Sequence[ModeReply]) -> tuple[float, float]:
     """The mean over tasks of the share of right replies, and its standard error."""
-    tasks = [[(reply.clip, float(reply.right)) for reply in group] for group in grouped(asked, task_of).values()]
+    tasks = [[(reply.clip, float(reply.right)) for reply in group] for group in grouped(replies, task_of).values()]
     return mean([mean([right for _, right in task]) for task in tasks]), clustered_error(tasks)
 
 
-def task_of(reply: Asked) -> str:
-    """What was asked."""
+def task_of(reply: ModeReply) -> str:
+    """What a reply answers."""
     return reply.task
 
 
-def describe(asked: Sequence[Asked]) -> dict[str, Any]:
+def describe(replies: Sequence[ModeReply]) -> dict[str, Any]:
     """The figures of the replies in one mode."""
-    right, error = accuracy(asked)
+    right, error = accuracy(replies)
     return {
-        "n": len(asked), "accuracy": percent(right), "error": percent(error),
-        "tasks": {task: percent(mean([r.right for r in group])) for task, group in grouped(asked, task_of).items()},
-        "formed": percent(mean([reply.is_formed for reply in asked])),
-        "looping": percent(mean([reply.is_looping for reply in asked])),
-        "thinks": percent(mean([reply.thought > 0 for reply in asked])),
-        "tokens": round(mean([reply.tokens for reply in asked]), 2), "most_tokens": max(r.tokens for r in asked),
-        "thought": round(mean([reply.thought for reply in asked]), 2),
+        "n": len(replies), "accuracy": percent(right), "error": percent(error),
+        "tasks": {task: percent(mean([r.right for r in group])) for task, group in grouped(replies, task_of).items()},
+        "formed": percent(mean([reply.is_formed for reply in replies])),
+        "looping": percent(mean([reply.is_looping for reply in replies])),
+        "thinks": percent(mean([reply.thought > 0 for reply in replies])),
+        "tokens": round(mean([reply.tokens for reply in replies]), 2), "most_tokens": max(r.tokens for r in replies),
+        "thought": round(mean([reply.thought for reply in replies]), 2),
     }  # fmt: skip
 
 
-def gain_over(asked: Sequence[Asked], mode: str, base: str) -> tuple[float | None, float | None]:
+def gain_over(replies: Sequence[ModeReply], mode: str, base: str) -> tuple[float | None, float | None]:
     """What a mode gains over another in points, the mean over tasks, with the error of the paired difference."""
     pairs: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for group in grouped(asked, lambda reply: (reply.clip, reply.question)).values():
+    for group in grouped(replies, lambda reply: (reply.clip, reply.question)).values():
         right = {reply.mode: float(reply.right) for reply in group}
         pairs[group[0].task].append((group[0].clip, right[mode] - right[base]))
     error = clustered_error(list(pairs.values()))
@@ -173,31 +173,31 @@ def gain_over(asked: Sequence[Asked], mode: str, base: str) -> tuple[float | Non
 
 def run_score(options: argparse.Namespace) -> dict[str, Any]:
     """Every mode on the same questions."""
-    examiner, asked = Examiner(options.model), list[Asked]()
+    examiner, replies = Examiner(options.model), list[ModeReply]()
     clips = draw(options.split, options.frames, options.tasks, options.n, options.seed)
     for number, (clip, chosen) in enumerate(clips):
-        asked += examiner.ask(number, clip, chosen, options.modes)
-    by_mode = grouped(asked, lambda reply: reply.mode)
+        replies += examiner.ask(number, clip, chosen, options.modes)
+    by_mode = grouped(replies, lambda reply: reply.mode)
     result: dict[str, Any] = {"modes": {mode: describe(by_mode[mode]) for mode in options.modes}}
     figures = result["modes"]
     if {"think", "no_think"} <= set(options.modes):
-        result["gain"], result["gain_error"] = gain_over(asked, "think", "no_think")
+        result["gain"], result["gain_error"] = gain_over(replies, "think", "no_think")
         result["more_tokens"] = round(figures["think"]["tokens"] - figures["no_think"]["tokens"], 2)
         if "auto" in options.modes:
-            result["auto_gain"], result["auto_gain_error"] = gain_over(asked, "auto", "no_think")
+            result["auto_gain"], result["auto_gain_error"] = gain_over(replies, "auto", "no_think")
             result["auto_thought_share"] = percent(figures["auto"]["thought"] / max(1e-9, figures["think"]["thought"]))
     return result
 
 
 def run_loops(options: argparse.Namespace) -> dict[str, Any]:
     """Replies at temperature 1 in all modes, n of them in each."""
-    examiner, asked = Examiner(options.model), list[Asked]()
+    examiner, replies = Examiner(options.model), list[ModeReply]()
     each = -(-options.n // (len(options.tasks) * options.replies))
     for number, (clip, chosen) in enumerate(draw(options.split, options.frames, options.tasks, each, options.seed)):
-        asked += examiner.ask(number, clip, chosen, options.modes, temperature=1.0, replies=options.replies)
-    by_mode = grouped(asked, lambda reply: reply.mode)
-    looping = sum(reply.is_looping for reply in asked)
-    return {"replies": len(asked), "looping_replies": looping, "looping": percent(looping / len(asked)),
+        replies += examiner.ask(number, clip, chosen, options.modes, temperature=1.0, samples=options.replies)
+    by_mode = grouped(replies, lambda reply: reply.mode)
+    looping = sum(reply.is_looping for reply in replies)
+    return {"replies": len(replies), "looping_replies": looping, "looping": percent(looping / len(replies)),
             "modes": {mode: describe(by_mode[mode]) for mode in options.modes}}  # fmt: skip
 
 
@@ -206,10 +206,12 @@ def run_rates(options: argparse.Namespace) -> dict[str, Any]:
     reasoning lists (which says how hard a question is). `needed` are those that a reply should think about."""
     examiner, rows = Examiner(options.model), list[dict[str, Any]]()
     for frames in RATED_FRAMES:
-        asked: list[Asked] = []
+        replies: list[ModeReply] = []
         for number, (clip, chosen) in enumerate(draw("train", frames, options.tasks, options.n, options.seed)):
-            asked += examiner.ask(number, clip, chosen, ("think", "no_think"), temperature=1.0, replies=options.replies)
-        for (task, items), group in sorted(grouped(asked, lambda reply: (reply.task, reply.items)).items()):
+            replies += examiner.ask(
+                number, clip, chosen, ("think", "no_think"), temperature=1.0, samples=options.replies
+            )
+        for (task, items), group in sorted(grouped(replies, lambda reply: (reply.task, reply.items)).items()):
             modes = grouped(group, lambda reply: reply.mode)
             rates = PassRates(*(mean([r.right for r in modes[mode]]) for mode in ("no_think", "think")))
             rows.append({"task": task, "frames": frames, "items": items, "n": len(group) // 2,
@@ -227,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="nano")
     parser.add_argument("--n", type=int, default=400, help="questions of each task; for loops, replies in each mode")
     parser.add_argument("--frames", type=int, default=64)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS_ASKED))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(MAIN_TASKS))
     parser.add_argument("--modes", nargs="+", choices=list(THINKING), default=list(THINKING))
     parser.add_argument("--split", choices=("train", "test", "unseen"), default="test")
     parser.add_argument("--replies", type=int, default=4, help="replies to a question at temperature 1")
