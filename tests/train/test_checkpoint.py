@@ -62,10 +62,10 @@ def run_until(config: FamilyConfig, target: Any, name: str, call: int, error: Ba
 #: at the end of the stage, whose last checkpoint is there; and the end of the stage itself.
 PLACES = {"tensors": (checkpoint, "_sync", 3), "rename": (os, "rename", 2), "begin": (checkpoint, "save", 2),
           "model": (FamilyRecipe, "save", 1), "end": (FamilyRecipe, "end_stage", 1)}  # fmt: skip
-SLOW = [pytest.param(place, marks=pytest.mark.slow) for place in ("rename", "begin", "end")]
+SLOW = [pytest.param(place, marks=pytest.mark.slow) for place in ("rename", "begin", "model", "end")]
 
 
-@pytest.mark.parametrize("place", ["tensors", "model", *SLOW])
+@pytest.mark.parametrize("place", ["tensors", *SLOW])
 def test_killed_anywhere_a_run_ends_with_the_same_weights(home: Path, place: str) -> None:
     config = text_run(home, f"killed at {place}", text_stage(home, **STEPS), save_steps=2)
     with pytest.raises(Killed):
@@ -93,6 +93,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_the_run_goes_on_later(home: Pat
     assert_same_weights(home / "straight", config.output)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_keeps_what_its_stages_have_changed(home: Path) -> None:
     config = text_run(home, "straight", text_stage(home, **STEPS))
     path = config.output / "config.json"
@@ -118,6 +119,7 @@ def test_a_run_of_an_older_version_is_kept(home: Path) -> None:
     assert [path.name for path in config.output.iterdir()] == [PROGRESS_FILE]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_parameters_names_both_shapes(home: Path) -> None:
     config = text_run(home, "other", text_stage(home, **STEPS), save_steps=2)
     with pytest.raises(Killed):
@@ -145,6 +147,7 @@ def test_a_run_goes_on_with_another_number_of_processes(home: Path) -> None:
     assert [line["loss"] for line in log] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_is_one_sentence_with_its_size(home: Path) -> None:
     config = text_run(home, "too large", text_stage(home, **STEPS))
     with pytest.raises(KeyeError, match=r"a step of \d+ tokens does not fit in the memory of cpu; lower max_tokens"):

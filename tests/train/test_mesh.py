@@ -22,7 +22,7 @@ SHARDED = ParallelSettings(shard=True)
 
 
 def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path: Path) -> None:
-    stage = text_stage(tmp_path, trains="all", attention="sparse", optimizer="adamw")
+    stage = text_stage(tmp_path, batch=2, trains="all", attention="sparse")
     alone = train_text(text_run(tmp_path, "one", stage))
     shared = train_text(text_run(tmp_path, "two", stage, processes=2, parallel=SHARDED))
     assert len(alone) == 50 and alone[-1]["loss"] < alone[0]["loss"]

@@ -59,9 +59,11 @@ class PackObjective:
         return usual if bool(usual.any()) else None
 
     def finish_step(self, add_up: AddUp) -> None:
-        if self._counts is not None:
-            add_up([self._counts])
-            cast(Tensor, self.heads.expert_counts).copy_(self._counts)
+        usual = dict(self.heads.named_buffers()).get("expert_counts")
+        if usual is not None:  # a process without packs of its own takes part too
+            counts = torch.zeros_like(usual) if self._counts is None else self._counts
+            add_up([counts])
+            usual.copy_(counts)
             self._counts = None
 
     def side_losses(self, step: TreeStep, share: float) -> Tensor:
