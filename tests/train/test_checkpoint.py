@@ -152,3 +152,12 @@ def test_a_step_that_does_not_fit_is_one_sentence_with_its_size(home: Path) -> N
     config = text_run(home, "too large", text_stage(home, **STEPS))
     with pytest.raises(KeyeError, match=r"a step of \d+ tokens does not fit in the memory of cpu; lower max_tokens"):
         run_until(config, NextToken, "loss", 2, torch.OutOfMemoryError("out of memory"))
+
+
+def test_time_left_is_known_where_epochs_end_a_stage(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = []
+    stage = text_stage(tmp_path, steps=None, epochs=0.5, max_tokens=96, batch=4)
+    train(text_run(tmp_path, "epochs", stage, log_seconds=0.0), FamilyRecipe(), report=records.append)
+    left = [record["seconds_left"] for record in records if "seconds_left" in record]
+    assert len(records) > 3
+    assert len(left) >= len(records) - 3

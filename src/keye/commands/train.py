@@ -87,6 +87,8 @@ class Reports:
         name = figures["stage"]
         place = self.names.index(name) + 1
         share = min(1.0, self.stages[name].share_done(figures["step"], figures["minutes"]))
+        if left := figures.get("seconds_left"):  # knows of epochs too
+            share = figures["minutes"] * 60 / (figures["minutes"] * 60 + left)
         self.progress.update(self.bar, completed=share, description=f"{name} ({place}/{len(self.names)})")
         self.progress.console.print(report_line(figures))
 

@@ -188,10 +188,11 @@ class Run:
         self.model.train()
         clock, guard = Clock(resumed, self.config), Guard(self.config.guard, resumed.guard)
         step = Step(self, number, objective, optimizer, guard)
-        done, data = 0.0, resumed.data
+        done, share, data = 0.0, 0.0, resumed.data
         while True:
             wanted = (*clock.due(), float(self.interrupt.is_requested))
-            logs, saves, ends, done = self.group.agree(*wanted, stage.share_done(clock.step, clock.seconds() / 60))
+            done = max(stage.share_done(clock.step, clock.seconds() / 60), share)
+            logs, saves, ends, done = self.group.agree(*wanted, done)
             if logs:
                 self._log(stage, clock, step, done)
             if saves or ends:
@@ -206,7 +207,7 @@ class Run:
                 batch = self.batches.next()
             if batch is None:
                 break
-            done = max(done, batch.share)
+            share, done = batch.share, max(done, batch.share)
             step.take(batch, clock.step, stage.lr_factor(clock.step, done))
             clock.step, data = clock.step + 1, batch.state
             if stage.eval_steps and clock.step % stage.eval_steps == 0:
