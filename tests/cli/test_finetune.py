@@ -117,6 +117,20 @@ def test_data_without_a_good_row_is_a_problem(run: Callable, model_folder: Path,
     assert run(*words).code == 2
 
 
+def test_more_bad_rows_than_a_run_bears_are_all_listed_and_end_it_before(
+    run: Callable, model_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    with data.open("a") as file:
+        file.write('{"messages": []}\n' * 11)
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700]
+    checked = run(*words, "--check", "--json")
+    assert checked.code == 1
+    assert [fault.split(": ")[0] for fault in checked.data["data"]["faults"]] == [f"{data}:{n}" for n in range(7, 18)]
+    assert "11 of 17 rows cannot be learnt from, more than 1%" in checked.data["problems"][0]
+    started = run(*words)
+    assert started.code == 2 and "11 of 17 rows cannot be learnt from" in started.err
+
+
 def test_samples_longer_than_the_selection_are_a_warning(
     run: Callable, own_model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -143,6 +157,11 @@ def test_samples_longer_than_the_selection_are_a_warning(
             "leave --attn-impl out: keye chooses its kernels itself. See keye finetune -h.",
         ),
         (("MODEL", "DATA", "-o", "out", "--lora_rnak", "4"), "--lora-rank"),
+        (("MODEL", "DATA", "-o", "out", "--lora-rank", "5000"), "lora_rank is 5000; it must be at most 4096"),
+        (("MODEL", "DATA", "-o", "out", "--seed", str(2**63)), "seed is 9223372036854775808; it must be below"),
+        (("MODEL", "DATA", "-o", "out", "--max-frames", "2", "--min-frames", "9"), "min_frames is 9 and max_frames is"),
+        (("MODEL", "DATA", "-o", "out", "--device", "qpu"), "device 'qpu' cannot be used here"),
+        (("MODEL", "DATA", "-o", "out", "--device", "qpu", "--check"), "device 'qpu' cannot be used here"),
         (("--from", "none.sh"), "none.sh cannot be read"),
     ],
 )
@@ -153,6 +172,33 @@ def test_mistakes_are_one_sentence(
     result = run("finetune", *(places.get(word, word) for word in words))
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1
     assert result.err.startswith("keye: ") and sentence in result.err
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "flags", "sentence"),
+    [
+        ("01-00000000", ("--epochs", "3"), "that has ended, with another epochs; choose another output"),
+        ("01-00000000", ("--lora-rank", "4"), "that has ended, with another lora; choose another output"),
+        ("00-00000002", ("--data", "DATA"), "that was interrupted, with another data; choose another output"),
+        ("00-00000002", ("--no-freeze-vision",), "that was interrupted, with another lora and trains; choose"),
+    ],
+)
+def test_a_folder_of_another_run_is_not_taken_for_this_one(
+    run: Callable,
+    model_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    checkpoint: str,
+    flags: tuple[str, ...],
+    sentence: str,
+) -> None:
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700]
+    (tmp_path / "out/checkpoints" / checkpoint).mkdir(parents=True)
+    config = tmp_path / "out/config.toml"
+    config.write_text(run(*words, "--print-config").out)
+    before = config.read_bytes()
+    result = run(*words, *(data if flag == "DATA" else flag for flag in flags))
+    assert result.code == 2 and sentence in result.err and config.read_bytes() == before
 
 
 def test_a_folder_of_others_is_kept_and_nothing_is_computed_before(

@@ -80,6 +80,7 @@ def test_a_list_longer_than_what_is_read_at_once(tmp_path: Path) -> None:
         ("a.jsonl", b"a\0b", "not a file of rows"),
         ("a.jsonl", b"\n \n", "has no rows"),
         ("a.csv", b"", "no line with the names of its columns"),
+        ("a.csv", b"video,start,end,text\n", "a.csv has no rows"),
         ("a.csv", b"a,a\n1,2\n", "or one of them twice"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "ends in the middle of its gzip data|not valid gzip"),
         ("a.tar", b"x" * 600, "is not a tar file"),
@@ -182,6 +183,17 @@ def size_of(source: Source) -> tuple[int, int]:
         assert picture.size == plain
         assert file.fileno() > 0
     return plain
+
+
+def test_an_archive_that_ends_inside_a_header_has_lost_rows(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", [("1.txt", b"x" * 100), ("2.txt", b"y" * 100)], tarfile.USTAR_FORMAT)
+    content = path.read_bytes()
+    for cut in (700, 1024 + 200):
+        path.write_bytes(content[:cut])
+        with pytest.raises(KeyeError, match="s.tar ends inside its headers; download it again"):
+            open_rows(path)
+    path.write_bytes(content[:2048])  # without the zeros that end an archive
+    assert len(open_rows(path)) == 2
 
 
 @pytest.mark.parametrize("cut", [700, 1500, 2600])

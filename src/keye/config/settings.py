@@ -6,7 +6,8 @@ Only what is read in commands that take seconds to start belongs here: importing
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -65,10 +66,18 @@ def read_toml(path: Path, wanted: str) -> dict[str, Any]:
 
 def parse_settings(model: type[S], raw: Mapping[str, Any], path: Path) -> S:
     """The tables of `path` as a `model`; `ConfigError` with the path of the first field that is wrong."""
-    try:
+    with explain_fields(path):
         return model.model_validate(raw)
+
+
+@contextmanager
+def explain_fields(place: object) -> Iterator[None]:
+    """Turns what is wrong with a field of settings that are made inside into a `ConfigError` that begins with `place`
+    and names the field."""
+    try:
+        yield
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error)}") from None
+        raise ConfigError(f"{place}: {_sentence(error)}") from None
 
 
 def _sentence(error: ValidationError) -> str:

@@ -51,11 +51,12 @@ Progress: TypeAlias = Callable[[str, int, int, float | None], None]
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a check has found: `rows` read, `media_checked` media opened, `faults` with their places, `more` beyond
-    those that are listed. `notes` are sentences on what was tolerated, with the number of rows; `formats` has for each
-    set its kind of file and the rows that are used."""
+    """What a check has found: `rows` read, of which `left_out` cannot be learnt from, `media_checked` media opened,
+    `faults` of both with their places, `more` beyond those that are listed. `notes` are sentences on what was
+    tolerated, with the number of rows; `formats` has for each set its kind of file and the rows that are used."""
 
     rows: int
+    left_out: int
     media_checked: int
     faults: tuple[Skip, ...]
     more: int = 0
@@ -99,7 +100,9 @@ def check_sets(
     notes = sum((each.context.notes.counts for each in opened), start=Counter[str]())
     formats = tuple((str(each.dataset.path), each.rows.kind, each.count) for each in opened)
     more = max(0, len(faults) - MAX_FAULTS)
-    return DataCheck(check.rows, check.media_checked, tuple(faults[:MAX_FAULTS]), more, dict(notes), formats)
+    return DataCheck(
+        check.rows, check.left_out, check.media_checked, tuple(faults[:MAX_FAULTS]), more, dict(notes), formats
+    )
 
 
 class _Clock:
@@ -125,7 +128,7 @@ class _Check:
     def __init__(self, sets: Sequence[OpenSet], seed: int, on_progress: Progress | None) -> None:
         self.sets, self.seed, self._on_progress = sets, seed, on_progress
         self.indices = [opened.indices(seed, number) for number, opened in enumerate(sets)]
-        self.rows = self.media_checked = 0
+        self.rows = self.left_out = self.media_checked = 0
         self.faults: list[Skip] = []
         self._reading = True
 
@@ -158,6 +161,7 @@ class _Check:
                     opened.sample(index)
                 except BadRow as error:
                     self.faults.append(Skip(opened.rows.place(index), str(error)))
+                    self.left_out += 1
                 self.rows += 1
                 clock.report(self.rows)
         self._reading = False

@@ -195,6 +195,11 @@ def open_samples(
     return SampleStream([open_set(dataset, ground_question=ground_question) for dataset in sets], seed, epochs, state)
 
 
+def are_too_many(bad: int, rows: int) -> bool:
+    """Whether so many bad ones of `rows` that were read end a run."""
+    return bad > max(_LENIENT * MAX_BAD, MAX_BAD * rows)
+
+
 class SampleStream(Iterator[Sample]):
     """Samples of several sets; `open_samples` makes one.
 
@@ -271,7 +276,7 @@ class SampleStream(Iterator[Sample]):
         last = f"; the last is {self.skipped[-1]}" if self.skipped else ""
         if at_end and self._bad >= self._read:
             raise KeyeError(f"none of the {self._read:,} rows can be learnt from{last}")
-        if (at_end or self._read >= _LENIENT) and self._bad > max(_LENIENT * MAX_BAD, MAX_BAD * self._read):
+        if (at_end or self._read >= _LENIENT) and are_too_many(self._bad, self._read):
             raise KeyeError(
                 f"{self._bad:,} of {self._read:,} rows cannot be learnt from, more than {MAX_BAD:.0%}{last}"
             )

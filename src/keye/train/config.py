@@ -30,6 +30,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 #: A name of layers, or its end: PEFT takes it for a regular expression, in which nothing of it has a meaning.
 LayerName = Annotated[str, Field(pattern=r"^[\w.]+$")]
 Rank = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class StageConfig(Settings):
@@ -185,7 +186,7 @@ class TrainConfig(Settings):
     """Begin with new weights."""
     renews: Names = ()
     """Parts that begin with new weights: projector, or indexer, which is added where the model has none."""
-    seed: int = 0
+    seed: Seed = 0
     device: str = "cpu"
     """Where the model is trained: cpu, cuda, cuda:1, ..."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

@@ -114,7 +114,7 @@ def test_a_file_has_paths_of_its_own_and_flags_win(tmp_path: Path) -> None:
     [
         ({"data": ()}, "name the data, as in: keye finetune 1.5 train.jsonl -o captions"),
         ({"output": None}, "name the folder to write with -o"),
-        ({"lora_rank": 0}, "lora_rank is 0; it must be above 0"),
+        ({"lora_rank": 0}, "lora_rank is 0; it must be at least 1"),
         ({"lora_rnk": 1}, "unknown key lora_rnk; did you mean lora_rank"),
         ({"weights": [1.0]}, "weights has 1 numbers for 2 data sets"),
         ({"method": "full", "quant": "int4"}, 'quant = "int4" leaves numbers that cannot be trained'),

@@ -77,7 +77,7 @@ def _data_rows(check: Check) -> list[tuple[str, str]]:
     opened = (
         f", {plural(data.media_checked, 'medium').replace('mediums', 'media')} opened" if data.media_checked else ""
     )
-    kinds = [(kind, f"{rows:,} rows of {path}") for path, kind, rows in data.formats]
+    kinds = [(kind, f"{plural(rows, 'row')} of {path}") for path, kind, rows in data.formats]
     notes = [("note", f"{sentence}: {plural(count, 'row')}") for sentence, count in data.notes.items()]
     return [
         *kinds,

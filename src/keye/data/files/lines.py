@@ -90,7 +90,7 @@ class CsvFile(LineFile):
 
     def __init__(self, raw: Raw) -> None:
         super().__init__(raw)
-        if not len(self):
+        if not len(self._starts):
             raise KeyeError(f"{self.path} has no line with the names of its columns")
         first = decode(super().line(0)).strip("\r\n")
         self._separator = max(",\t;", key=first.count)

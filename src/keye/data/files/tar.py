@@ -142,6 +142,8 @@ class TarRows:
                 name, size, first = "", None, -1
             place = content + -(-length // _BLOCK) * _BLOCK
             first = place if first < 0 else first
+        if header[:1] not in (b"", b"\0") or place > self.raw.size:  # an archive ends with zeros, or behind a member
+            raise KeyeError(f"{self.path} ends inside its headers; download it again")
 
 
 def is_tar(head: bytes) -> bool:

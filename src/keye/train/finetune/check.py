@@ -4,10 +4,10 @@ change, and what memory and time it takes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any, Final
 
 import torch
@@ -16,8 +16,10 @@ from keye.cache.slabs import free_memory
 from keye.config import KeyeConfig, load_generation_config, load_model_config
 from keye.data.check import DataCheck, Progress, check_sets
 from keye.data.samples import Sample
+from keye.data.sources import MAX_BAD, are_too_many
 from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
+from keye.process import check_device
 from keye.sessions.search.questions import ground_question
 from keye.train.finetune.measure import MOST_SAMPLES, Measured, measure
 from keye.train.layout import Layout
@@ -25,11 +27,13 @@ from keye.train.lora import GROUPS, LoraError, LoraParameters
 from keye.train.parts import choose_parameters, is_in_part
 from keye.train.plan import TrainPlan, measure_rate, plan_training
 from keye.train.recipes.family.batches import data_set, open_stream, prepare
-from keye.train.recipes.family.config import FamilyConfig
+from keye.train.recipes.family.config import FamilyConfig, FamilyStage
 from keye.units import format_bytes, plural
 
 #: Rows whose media are opened where not all are.
 MEDIA_ROWS: Final = 200
+#: Samples that are put into packs one by one to predict a run; longer runs are as many times that.
+_MOST_COUNTED: Final = 200_000
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Check:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         faults = [str(fault) for fault in self.data.faults]
-        data = {"rows": self.data.rows, "media_checked": self.data.media_checked, "faults": faults,
-                "more_faults": self.data.more, "notes": dict(self.data.notes),
+        data = {"rows": self.data.rows, "left_out": self.data.left_out, "media_checked": self.data.media_checked,
+                "faults": faults, "more_faults": self.data.more, "notes": dict(self.data.notes),
                 "formats": [list(entry) for entry in self.data.formats]}  # fmt: skip
         cost = None if self.cost is None else {**asdict(self.cost), "total": self.cost.total}
         return {
@@ -94,6 +98,7 @@ def check_run(
 ) -> Check:  # fmt: skip
     """Checks a run whose model's small files are here; no weights are read. `media` rows have their media opened (None:
     all), `samples` are laid out."""
+    check_device(run.device)
     (stage,) = run.stages
     config = load_model_config(run.model)
     sets = [data_set(entry, run.output) for entry in (*stage.data, *stage.val_data)]
@@ -116,7 +121,8 @@ def check_run(
         lambda done: on_progress("samples", done, min(samples, stream.epoch_samples), None),
     )  # fmt: skip
     parts = _count_parts(run, config, problems)
-    cost = None if problems or not measured.lengths else _predict(run, config, measured, stream.epoch_samples)
+    usable = stream.epoch_samples * (1 - data.left_out / max(1, data.rows))
+    cost = None if problems or not measured.lengths else _predict(run, config, measured, usable)
     _judge(run, config, data, measured, cost, problems, warnings)
     return Check(data, measured, parts, cost, tuple(problems), tuple(warnings))
 
@@ -142,23 +148,54 @@ def _count_parts(run: FamilyConfig, config: KeyeConfig, problems: list[str]) -> 
     return tuple(PartCount(part, c.adapted, c.layers, c.numbers) for part, c in lora.counts.items())
 
 
-def _predict(run: FamilyConfig, config: KeyeConfig, measured: Measured, rows: int) -> Cost:
+def _predict(run: FamilyConfig, config: KeyeConfig, measured: Measured, rows: float) -> Cost:
+    """Of a run over an epoch of so many `rows` that can be learnt from, as far as they can be laid out."""
     (stage,) = run.stages
-    mean = sum(measured.lengths) / len(measured.lengths)
-    assert measured.visual is not None and measured.tokens is not None
+    assert measured.tokens is not None
+    share_usable = len(measured.lengths) / max(1, measured.samples)
+    work = count_work(stage, measured.lengths, None if stage.epochs is None else rows * share_usable * stage.epochs)
     longest = stage.max_tokens if stage.packing else int(measured.tokens.most)
-    usable = rows * len(measured.lengths) / max(1, measured.samples) * (stage.epochs or 1.0)
-    packs = usable * mean / stage.max_tokens if stage.packing else usable
-    steps = math.ceil(packs / stage.batch)
-    if stage.steps is not None:
-        steps = min(steps, stage.steps) if stage.epochs is not None else stage.steps
-    tokens = round(min(longest, usable * mean)) if stage.packing else round(mean)
     share = measured.visual_share
     plan: TrainPlan = plan_training(config, run, stage, tokens=longest, visual_tokens=round(longest * share))
-    typical = plan_training(config, run, stage, tokens=max(1, tokens), visual_tokens=round(tokens * share))
-    count = max(1, round(min(packs, steps * stage.batch)))
+    mean = max(1, round(work.tokens / work.packs))
+    typical = plan_training(config, run, stage, tokens=mean, visual_tokens=round(mean * share))
     rate = measure_rate(run.device, run.dtype)
-    return Cost(dict(plan.parts), free_memory(run.device), count, steps, typical.seconds(count, rate))
+    seconds = typical.seconds(work.packs, rate)
+    return Cost(dict(plan.parts), free_memory(run.device), work.packs, work.steps, seconds)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes: `steps`, their `packs` and all `tokens` in these."""
+
+    steps: int
+    packs: int
+    tokens: int
+
+
+def count_work(stage: FamilyStage, lengths: Sequence[int], samples: float | None) -> Work:
+    """Of so many samples (None: as many as the steps of the stage take) of lengths like `lengths`, put into steps and
+    packs as training does; what samples share is not known here."""
+    room = stage.batch * (stage.max_tokens if stage.packing else 1)
+    count = _MOST_COUNTED if samples is None else max(1, min(_MOST_COUNTED, round(samples)))
+    steps, packs, tokens, taken, used = 1, 0, 0, 0, 0
+    bins: list[int] = []  # tokens that the packs of this step still take
+    for length in islice(cycle(lengths), count):
+        size = length if stage.packing else 1
+        if used + size > room:
+            if steps == stage.steps:
+                break
+            steps, used, bins = steps + 1, 0, []
+        place = next((i for i, free in enumerate(bins) if free >= length), None) if stage.packing else None
+        if place is None:
+            packs += 1
+            bins.append(stage.max_tokens - length)
+        else:
+            bins[place] -= length
+        used, tokens, taken = used + size, tokens + length, taken + 1
+    wanted = math.inf if stage.steps is None else stage.steps / steps
+    factor = max(1.0, min(wanted, math.inf if samples is None else samples / taken))
+    return Work(math.ceil(steps * factor), math.ceil(packs * factor), round(tokens * factor))
 
 
 def _judge(
@@ -177,8 +214,14 @@ def _judge(
     if (times := measured.times).different:
         problems.append(f"{times.different:,} of {times.compared:,} times in prompts are not those of the files: "
                         f"{times.faults[0]}")  # fmt: skip
-    if faults := data.bad_rows:
-        warnings.append(f"{plural(faults, 'row')} of {data.rows:,} will be left out; the first is {data.faults[0]}")
+    if data.left_out and not problems and are_too_many(data.left_out, data.rows):
+        problems.append(f"{data.left_out:,} of {data.rows:,} rows cannot be learnt from, more than {MAX_BAD:.0%}; the "
+                        f"first is {data.faults[0]}")  # fmt: skip
+    elif data.left_out:
+        warnings.append(f"{plural(data.left_out, 'row')} of {data.rows:,} will be left out")
+    if (opened := data.bad_rows - data.left_out) > 0:
+        warnings.append(f"{plural(opened, 'row')} of {data.rows:,} with media that cannot be used, which will be left "
+                        "out, or with times or boxes that do not fit them, which will be learnt")  # fmt: skip
     if measured.skipped:
         warnings.append(f"{plural(len(measured.skipped), 'sample')} of {measured.samples:,} cannot be laid out and "
                         f"will be left out; the first is {measured.skipped[0]}")  # fmt: skip
@@ -189,6 +232,9 @@ def _judge(
             warnings.append(f"{longer:,} of {len(measured.lengths):,} samples have more than the {sparse.topk:,} keys "
                             "that sparse attention selects, while the indexer is frozen: it goes on to select what it "
                             "was trained to; --no-freeze-indexer teaches it")  # fmt: skip
+    if cost is not None and cost.steps <= stage.warmup_steps:
+        warnings.append(f"the run has {plural(cost.steps, 'step')}, and learning rates rise over the first "
+                        f"{stage.warmup_steps:,}: give more --epochs, or fewer --warmup-steps")  # fmt: skip
     if cost is not None and cost.free is not None and cost.total > cost.free:
         warnings.append(f"about {format_bytes(cost.total)} are needed and {format_bytes(cost.free)} are free on "
                         f"{run.device}: lower --max-length, or give --quant int4")  # fmt: skip

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from keye.config import ConfigError
+from keye.config.settings import parse_settings, read_toml
 from keye.config.toml import to_toml
 from keye.process import check_device
+from keye.train.checkpoint import FOLDER
 from keye.train.finetune.answers import (
     answer_questions,
     choose_questions,
@@ -17,7 +20,7 @@ from keye.train.finetune.answers import (
     save_answers,
 )  # fmt: skip
 from keye.train.loop import train
-from keye.train.output import LOG_FILE, check_output
+from keye.train.output import CONFIG_FILE, LOG_FILE, check_output
 from keye.train.recipes import find_recipe
 from keye.train.recipes.family.batches import SKIPPED_FILE
 from keye.train.recipes.family.config import FamilyConfig
@@ -25,6 +28,11 @@ from keye.train.report import REPORT_FILE, AnsweredSample, read_log, write_repor
 
 #: Lines of the file of skipped samples that the report shows.
 _MOST_SKIPPED = 100
+#: Settings that say how a run is computed and not what is learnt. Stages are compared one by one.
+_MAY_DIFFER: Final = frozenset(
+    "device threads processes fused checkpointing save_minutes save_steps keep log_seconds peak_flops parallel output "
+    "stages".split()
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,8 @@ def finetune(
     `on_phase` what happens outside training. After an interruption the report shows the run as far as it came."""
     check_device(run.device)
     check_output(run, resume)  # a mistake there is reported before minutes are spent on answers
+    if check_same_run(run):
+        on_phase("the run has ended before, so nothing more is trained")
     chosen = choose_questions(run, questions) if questions else []
     answers = load_answers(run.output)
     if len(answers) != len(chosen):
@@ -80,6 +90,28 @@ def finetune(
         answers = [replace(entry, after=text) for entry, text in zip(answers, after, strict=True)]
         save_answers(run.output, answers)
     return _write(run, answers)
+
+
+def check_same_run(run: FamilyConfig) -> bool:
+    """Whether the run has ended before. `ConfigError` where the output folder holds a run of other data or with another
+    adapter, or one that has ended with other settings: to go on there would learn nothing, or something else."""
+    file = run.output / CONFIG_FILE
+    if not (run.output / FOLDER).exists() or not file.exists():
+        return False
+    raw = read_toml(file, "the settings of a run")
+    before, now = parse_settings(FamilyConfig, raw, file).model_dump(), run.model_dump()
+    begun = {"model", "quant", "lora", "seed", "dtype", "data", "trains", "freezes", "optimizer"}
+    has_ended = any((run.output / FOLDER).glob("01-*"))
+    differ = [*_differing(before, now), *_differing(before["stages"][0], now["stages"][0])]
+    if differ := [name for name in differ if (name not in _MAY_DIFFER if has_ended else name in begun)]:
+        what = "that has ended," if has_ended else "that was interrupted,"
+        raise ConfigError(f"{run.output} holds a run {what} with another {' and '.join(differ[:3])}; choose another "
+                          "output")  # fmt: skip
+    return has_ended
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in now if before.get(name) != now[name]]
 
 
 def _write(run: FamilyConfig, answers: Sequence[AnsweredSample]) -> Outcome:

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, model_validator
 
 from keye.config import ConfigError, KeyeConfig
-from keye.config.settings import Settings, parse_settings, read_toml
+from keye.config.settings import Settings, explain_fields, parse_settings, read_toml
 from keye.models.quant_fill import stored_policy
-from keye.train.config import GuardSettings, LoraSettings
+from keye.train.config import GuardSettings, LoraSettings, Rank, Seed
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage, MediaConfig
 
 Count = Annotated[int, Field(gt=0)]
@@ -50,7 +50,7 @@ class FinetuneSettings(Settings):
     """lora trains an adapter, full the weights themselves."""
     quant: Literal["int4", "int8"] | None = None
     """Quantise the frozen base while it is loaded (QLoRA)."""
-    lora_rank: Count = 16
+    lora_rank: Rank = 16
     lora_alpha: Rate = 32.0
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     rslora: bool = False
@@ -102,7 +102,7 @@ class FinetuneSettings(Settings):
     max_pixels: Count | None = None
     video_total_pixels: Count | None = None
 
-    seed: int = 0
+    seed: Seed = 0
     device: str = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     threads: Count | None = None
@@ -169,7 +169,15 @@ def _resolve(file: Path, name: str, value: Any) -> Any:
 
 
 def make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> FamilyConfig:
-    """The training run: one stage of the family's recipe on the model in `folder`, whose configuration is `config`."""
+    """The training run: one stage of the family's recipe on the model in `folder`, whose configuration is `config`.
+
+    `ConfigError` for settings that do not fit the model.
+    """
+    with explain_fields("keye finetune"):
+        return _make_run(settings, folder, config)
+
+
+def _make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> FamilyConfig:
     is_sparse, context = config.text.sparse is not None, config.text.max_position_embeddings
     if settings.max_length is not None and settings.max_length > context:
         raise ConfigError(f"max_length is {settings.max_length:,}, and the model's context holds {context:,}; lower it")

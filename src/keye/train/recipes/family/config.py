@@ -50,6 +50,14 @@ class MediaConfig(Settings):
     max_pixels: Count | None = None
     video_total_pixels: Count | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for least, most in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            low, high = getattr(self, least), getattr(self, most)
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{least} is {low:,} and {most} is {high:,}; {most} cannot be smaller")
+        return self
+
 
 class SamplingConfig(Settings):
     """How replies are sampled from the model in training."""
