@@ -83,7 +83,11 @@ def test_the_check_says_what_a_run_would_do(
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
-    [(("--target-modules", "o_projj"), "o_projj"), (("--max-length", "12"), "tokens, 0 of them visual, but")],
+    [
+        (("--target-modules", "o_projj"), "o_projj"),
+        (("--batch-size", "999", "--max-steps", "1"), "a step of 999 packs takes all 6 rows"),
+        (("--max-length", "12"), "tokens, 0 of them visual, but"),
+    ],
 )
 def test_a_problem_ends_the_check_and_the_run(
     run: Callable, model_folder: Path, data: Path, tmp_path: Path, flags: tuple[str, ...], sentence: str

@@ -34,6 +34,8 @@ from keye.units import format_bytes, plural
 MEDIA_ROWS: Final = 200
 #: Samples that are put into packs one by one to predict a run; longer runs are as many times that.
 _MOST_COUNTED: Final = 200_000
+#: Passes over the data that one step may take.
+_MOST_PASSES: Final = 100
 
 
 @dataclass(frozen=True)
@@ -177,10 +179,10 @@ def count_work(stage: FamilyStage, lengths: Sequence[int], samples: float | None
     """Of so many samples (None: as many as the steps of the stage take) of lengths like `lengths`, put into steps and
     packs as training does; what samples share is not known here."""
     room = stage.batch * (stage.max_tokens if stage.packing else 1)
-    count = _MOST_COUNTED if samples is None else max(1, min(_MOST_COUNTED, round(samples)))
-    steps, packs, tokens, taken, used = 1, 0, 0, 0, 0
+    most = _MOST_COUNTED if samples is None else max(1, min(_MOST_COUNTED, round(samples)))
+    steps, packs, tokens, count, used = 1, 0, 0, 0, 0
     bins: list[int] = []  # tokens that the packs of this step still take
-    for length in islice(cycle(lengths), count):
+    for length in islice(cycle(lengths), most):
         size = length if stage.packing else 1
         if used + size > room:
             if steps == stage.steps:
@@ -192,9 +194,9 @@ def count_work(stage: FamilyStage, lengths: Sequence[int], samples: float | None
             bins.append(stage.max_tokens - length)
         else:
             bins[place] -= length
-        used, tokens, taken = used + size, tokens + length, taken + 1
+        used, tokens, count = used + size, tokens + length, count + 1
     wanted = math.inf if stage.steps is None else stage.steps / steps
-    factor = max(1.0, min(wanted, math.inf if samples is None else samples / taken))
+    factor = max(1.0, min(wanted, math.inf if samples is None else samples / count))
     return Work(math.ceil(steps * factor), math.ceil(packs * factor), round(tokens * factor))
 
 
@@ -203,6 +205,12 @@ def _judge(
     problems: list[str], warnings: list[str],
 ) -> None:  # fmt: skip
     (stage,) = run.stages
+    if measured.lengths and stage.epochs is None:
+        mean = sum(measured.lengths) / len(measured.lengths)
+        passes = stage.batch * (stage.max_tokens / mean if stage.packing else 1) / max(1, data.rows)
+        if passes > _MOST_PASSES:
+            problems.append(f"a step of {stage.batch:,} packs takes all {plural(data.rows, 'row')} {passes:,.0f} times: "
+                            "lower --batch-size, --gradient-accumulation or --max-length, or give --epochs")  # fmt: skip
     if measured.too_long and stage.too_long == "error":
         problems.append(measured.too_long[0])
     elif measured.too_long:
