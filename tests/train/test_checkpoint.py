@@ -161,3 +161,11 @@ def test_time_left_is_known_where_epochs_end_a_stage(tmp_path: Path) -> None:
     left = [record["seconds_left"] for record in records if "seconds_left" in record]
     assert len(records) > 2
     assert left
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence() -> None:
+    with (
+        pytest.raises(KeyeError, match="/proc/none/run cannot be written .*name another place"),
+        lock_output(Path("/proc/none/run")),
+    ):
+        pass

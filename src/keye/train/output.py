@@ -15,7 +15,7 @@ from typing import Final
 
 from keye.config import ConfigError
 from keye.config.toml import to_toml
-from keye.files import output_file
+from keye.files import output_file, unwritable
 from keye.train.checkpoint import FOLDER, PROGRESS_FILE
 from keye.train.config import TrainConfig
 
@@ -64,8 +64,12 @@ def _check_unused(config: TrainConfig) -> None:
 @contextmanager
 def lock_output(output: Path) -> Iterator[None]:
     """Makes the folder and keeps other runs out of it in the block; `ConfigError` while another is in it."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / LOCK_FILE).open("wb") as file:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / LOCK_FILE).open("wb")
+    except OSError as error:
+        raise unwritable(output, error) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

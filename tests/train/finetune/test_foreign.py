@@ -71,12 +71,35 @@ def test_a_configuration_of_llama_factory(tmp_path: Path) -> None:
     imported = read_foreign(tmp_path / "sft.yaml")
     settings = dict(imported.settings)
     assert imported.tool == "LLaMA-Factory" and settings["data"] == [
-        "sets/dataset_info.json:clips#1000",
-        "sets/dataset_info.json:talks#1000",
+        "sets/dataset_info.json:clips",
+        "sets/dataset_info.json:talks",
     ]
     assert (settings["lora_alpha"], settings["target_modules"], settings["quant"]) == (16, ["all-linear"], "int4")
     assert (settings["max_length"], settings["max_pixels"], settings["batch_size"]) == (4096, 262144, 8)
-    assert {name for name, _, _ in imported.skipped} == {"template", "bf16", "resume_from_checkpoint", "plot_loss"}
+    assert {name for name, _, _ in imported.skipped} == {"template", "bf16", "resume_from_checkpoint", "plot_loss",
+                                                           "max_samples"}  # fmt: skip
+
+
+def test_a_largest_number_of_samples_repeats_none(tmp_path: Path) -> None:
+    for name, rows in (("few", 2), ("many", 1500)):
+        (tmp_path / f"{name}.jsonl").write_text('{"query": "a", "response": "b"}\n' * rows)
+    (tmp_path / "swift.yaml").write_text("model: x\ndataset: [few.jsonl, many.jsonl]\nmax_samples: 1000\n")
+    imported = read_foreign(tmp_path / "swift.yaml")
+    assert imported.settings["data"] == ["few.jsonl", "many.jsonl#1000"] and not imported.skipped
+
+
+def test_variables_that_hold_several_paths_are_several(tmp_path: Path) -> None:
+    (tmp_path / "swift.sh").write_text('SETS="a.jsonl b.jsonl#5"\nswift sft --model x --dataset $SETS\n')
+    assert read_foreign(tmp_path / "swift.sh").settings["data"] == ["a.jsonl", "b.jsonl#5"]
+
+
+def test_what_has_no_effect_here_is_left_out_so_that_the_file_is_read(tmp_path: Path) -> None:
+    script = "swift sft --model x --dataset a --output_dir o --freeze_vit true --vit_lr 1e-5 --aligner_lr 1e-5"
+    (tmp_path / "swift.sh").write_text(f"{script} --eval_steps 9")
+    imported = read_foreign(tmp_path / "swift.sh")
+    assert {name for name, _, _ in imported.skipped} == {"vision_lr", "projector_lr", "eval_steps"}
+    (tmp_path / "tune.toml").write_text(imported.to_toml())
+    assert load_settings(tmp_path / "tune.toml", {}).freeze_vision
 
 
 def test_no_field_is_lost(tmp_path: Path) -> None:

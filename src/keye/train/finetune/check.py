@@ -209,8 +209,8 @@ def _judge(
         mean = sum(measured.lengths) / len(measured.lengths)
         passes = stage.batch * (stage.max_tokens / mean if stage.packing else 1) / max(1, data.rows)
         if passes > _MOST_PASSES:
-            problems.append(f"a step of {stage.batch:,} packs takes all {plural(data.rows, 'row')} {passes:,.0f} times: "
-                            "lower --batch-size, --gradient-accumulation or --max-length, or give --epochs")  # fmt: skip
+            problems.append(f"a step of {plural(stage.batch, 'pack')} takes all {plural(data.rows, 'row')} "
+                            f"{passes:,.0f} times: lower --batch-size or --max-length, or give --epochs")  # fmt: skip
     if measured.too_long and stage.too_long == "error":
         problems.append(measured.too_long[0])
     elif measured.too_long:

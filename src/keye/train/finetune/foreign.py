@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import add, floordiv, mul, sub
 from pathlib import Path
@@ -17,7 +18,8 @@ import yaml
 
 from keye.config import ConfigError
 from keye.config.toml import to_toml
-from keye.errors import brief
+from keye.data.sources import DataSet, open_set
+from keye.errors import KeyeError, brief
 from keye.train.finetune.names import LISTS, SWITCHES, VALUES, own_name, read_switch
 from keye.train.finetune.settings import MEDIA, FinetuneSettings
 
@@ -160,7 +162,7 @@ def _read_script(path: Path, text: str) -> list[tuple[str, Any]]:
     fields: list[tuple[str, Any]] = [(name, value) for name, value in variables.items() if name.isupper()]
     used = {name for word in command for pair in _VARIABLE.findall(word) for name in pair if name}
     fields = [(name, value) for name, value in fields if name not in used]
-    return fields + _flags([_fill(word, variables) for word in command])
+    return fields + _flags([part for word in command for part in _fill_parts(word, variables)])
 
 
 def _lines(words: Iterable[str]) -> Iterable[list[str]]:
@@ -192,6 +194,12 @@ def _fill(word: str, variables: Mapping[str, str]) -> str:
     if (match := _PRODUCT.fullmatch(word)) and not (match[2] == "/" and int(match[3]) == 0):
         return str(_OPERATIONS[match[2]](int(match[1]), int(match[3])))
     return word
+
+
+def _fill_parts(word: str, variables: Mapping[str, str]) -> list[str]:
+    """The words that a shell makes of a word: a variable that holds several paths or names is several."""
+    filled = _fill(word, variables)
+    return filled.split() if _VARIABLE.fullmatch(word) else [filled]
 
 
 def _flags(words: list[str]) -> list[tuple[str, Any]]:
@@ -231,6 +239,7 @@ def _convert(tool: str, path: Path, fields: list[tuple[str, Any]]) -> Imported:
     _finish(settings, skipped)
     if tool == "LLaMA-Factory":
         _name_sets(settings, skipped)
+    _limit_sets(settings, skipped, path.parent)
     for name, value in DEFAULTS[tool].items():
         settings.setdefault(name, value)
     if tool == "LLaMA-Factory":
@@ -300,13 +309,35 @@ def _name_sets(settings: dict[str, Any], skipped: list[tuple[str, Any, str]]) ->
             settings[name] = [f"{folder}/dataset_info.json:{entry}" for entry in settings[name]]
 
 
+def _limit_sets(settings: dict[str, Any], skipped: list[tuple[str, Any, str]], folder: Path) -> None:
+    """`max_samples` rows of the sets that have more; of one with fewer they would come more than once."""
+    for place, (name, value, _) in enumerate(skipped):
+        if name != "max_samples" or not str(value).isdigit():
+            continue
+        counts = {entry: _count_rows(folder, entry) for entry in settings.get("data", ()) if "#" not in entry}
+        settings["data"] = [
+            f"{entry}#{value}" if (counts.get(entry) or 0) > int(value) else entry for entry in settings.get("data", ())
+        ]
+        unread = ", ".join(entry for entry, count in counts.items() if count is None)
+        reason = f"add #{value} to {unread} if there are more rows: it cannot be read from here"
+        skipped[place : place + 1] = [(name, value, reason)] if unread else []
+        return
+
+
+def _count_rows(folder: Path, entry: str) -> int | None:
+    """Rows of a set; None where it cannot be read."""
+    with suppress(KeyeError):
+        return open_set(DataSet.parse(str(folder / entry))).count
+    return None
+
+
 def _finish(settings: dict[str, Any], skipped: list[tuple[str, Any, str]]) -> None:
     """What depends on several fields, and numbers by which nothing is set."""
-    for place, (name, value, _) in enumerate(skipped):
-        if name == "max_samples" and str(value).isdigit():
-            settings["data"] = [path if "#" in path else f"{path}#{value}" for path in settings.get("data", ())]
-            del skipped[place]
-            break
+    frozen = {"vision_lr": "freeze_vision", "projector_lr": "freeze_projector"}
+    for name in [name for name, switch in frozen.items() if name in settings and settings.get(switch, True)]:
+        skipped.append((name, settings.pop(name), f"{frozen[name]} = true leaves it without effect"))
+    if "eval_steps" in settings and not settings.get("val_data"):
+        skipped.append(("eval_steps", settings.pop("eval_steps"), "there is no val_data to measure"))
     for name in ("max_steps", "save_total_limit", "max_length"):
         if name in settings and settings[name] <= 0:
             skipped.append((name, settings.pop(name), "nothing is set by it"))
