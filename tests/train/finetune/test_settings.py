@@ -83,6 +83,8 @@ def test_all_weights_of_a_dense_model() -> None:
     assert run.lora is None and stage.attention == "dense" and stage.frozen_parts == ()
     assert stage.trained_parts == ("decoder", "projector") and stage.lr == 1e-5
     assert stage.lr_factor(20, 0.99) == 1
+    with pytest.raises(ConfigError, match="has no indexer, which freeze_indexer = false would teach; leave it out"):
+        make_run(load_settings(None, NAMES | {"freeze_indexer": False}), NANO, model_config_from_dict(raw))
 
 
 def test_learning_rates_rise_over_a_share_of_the_run() -> None:

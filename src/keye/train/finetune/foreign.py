@@ -337,7 +337,7 @@ def _finish(settings: dict[str, Any], skipped: list[tuple[str, Any, str]]) -> No
     for name in [name for name, switch in frozen.items() if name in settings and settings.get(switch, True)]:
         skipped.append((name, settings.pop(name), f"{frozen[name]} = true leaves it without effect"))
     if "eval_steps" in settings and not settings.get("val_data"):
-        skipped.append(("eval_steps", settings.pop("eval_steps"), "there is no val_data to measure"))
+        skipped.append(("eval_steps", settings.pop("eval_steps"), "val_data is missing, which it measures"))
     for name in ("max_steps", "save_total_limit", "max_length"):
         if name in settings and settings[name] <= 0:
             skipped.append((name, settings.pop(name), "nothing is set by it"))

@@ -181,6 +181,8 @@ def _make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> F
     is_sparse, context = config.text.sparse is not None, config.text.max_position_embeddings
     if settings.max_length is not None and settings.max_length > context:
         raise ConfigError(f"max_length is {settings.max_length:,}, and the model's context holds {context:,}; lower it")
+    if not settings.freeze_indexer and not is_sparse:
+        raise ConfigError(f"{folder} has no indexer, which freeze_indexer = false would teach; leave it out")
     if settings.method == "full" and stored_policy(config) is not None:
         raise ConfigError(f"{folder} is quantised and cannot be trained as a whole; leave --method full out, or start "
                           "from the model that it was made of")  # fmt: skip
