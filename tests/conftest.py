@@ -16,7 +16,7 @@ settings.load_profile("keye")
 pytest_plugins = ["tests.support.fixtures"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """Files of the folder that may lie beside the checkout (official configurations and recorded cases), by their path
     in it; the test is skipped where it is not there."""

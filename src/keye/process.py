@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -49,6 +50,15 @@ def main_memory(meminfo: Path = Path("/proc/meminfo"), group: Path = _GROUP) -> 
     except (OSError, ValueError):  # no group, or the word "max"
         return Memory("cpu", total, free)
     return Memory("cpu", min(total, limit), max(0, min(free, limit - used)))
+
+
+def release_memory() -> None:
+    """Gives the free pages of the C library's heap back to the system, where it can (glibc). Of what blocks of ever
+    other sizes leave free, it uses little again."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def memories() -> list[Memory]:

@@ -128,13 +128,13 @@ def test_verbs_are_imported_when_used() -> None:
         group.get_command(context, "gone")
 
 
-def test_training_sets_its_environment_unless_the_user_did(monkeypatch: pytest.MonkeyPatch, run: Callable) -> None:
+def test_commands_set_their_environment_unless_the_user_did(monkeypatch: pytest.MonkeyPatch, run: Callable) -> None:
     import os
 
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     assert run("train", "-h").code == 0
-    assert (os.environ["OMP_WAIT_POLICY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("PASSIVE", "7")
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ["LRU_CACHE_CAPACITY"]) == ("PASSIVE", "7")
     monkeypatch.delenv("OMP_WAIT_POLICY")
 
 

@@ -153,9 +153,13 @@ def test_too_many_bad_rows_are_an_error(tmp_path: Path) -> None:
         list(open_samples([DataSet(path)], seed=0, epochs=1))
 
 
-def test_nothing_but_bad_rows_is_an_error(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.jsonl", ["{"] * 3)
-    with pytest.raises(KeyeError, match="none of the 3 rows can be learnt from; the last is .*a.jsonl:"):
+@pytest.mark.parametrize(
+    ("rows", "which"),
+    [(1, "the only row cannot be learnt from: "), (3, "none of the 3 rows can be learnt from; the last is ")],
+)
+def test_nothing_but_bad_rows_is_an_error(rows: int, which: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", ["{"] * rows)
+    with pytest.raises(KeyeError, match=f"{which}.*a.jsonl:"):
         list(open_samples([DataSet(path)], seed=0, epochs=None))
 
 

@@ -98,8 +98,10 @@ def write_samples(folder: Path, count: int = 50) -> Path:
             Image.new("RGB", (56, 84), (number * 5, 255 - number * 5, 99)).save(folder / f"{number}.png")
             row["images"] = [f"{number}.png"]
             row["messages"][0]["content"] = "<image>" + row["messages"][0]["content"]
-        elif number % 3 == 2 and number < 24:  # 2 to 5 frames of two a second
-            write_clip(folder / f"{number}.mp4", frames=3 + 3 * (number % 4), fps=4, size=(56, 56))
+        elif number % 3 == 2 and number < 24:  # 2 to 6 frames of two a second; no two alike
+            write_clip(
+                folder / f"{number}.mp4", frames=3 + 3 * (number % 4), fps=4, size=(56, 56 if number < 12 else 84)
+            )
             row["videos"] = [f"{number}.mp4"]
             row["messages"][0]["content"] = "<video>" + row["messages"][0]["content"]
         rows.append(row)

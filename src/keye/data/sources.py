@@ -275,6 +275,8 @@ class SampleStream(Iterator[Sample]):
         """`KeyeError` where too many rows are bad; the first thousand of an epoch decide nothing before its end."""
         last = f"; the last is {self.skipped[-1]}" if self.skipped else ""
         if at_end and self._bad >= self._read:
+            if self._read == 1 and self.skipped:
+                raise KeyeError(f"the only row cannot be learnt from: {self.skipped[-1]}")
             raise KeyeError(f"none of the {self._read:,} rows can be learnt from{last}")
         if (at_end or self._read >= _LENIENT) and are_too_many(self._bad, self._read):
             raise KeyeError(

@@ -23,7 +23,7 @@ from keye.models.load import load_model, torch_dtype
 from keye.models.quant_fill import quantized_weights
 from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
 from keye.ops.registry import find_training_elementwise
-from keye.process import check_device
+from keye.process import check_device, release_memory
 from keye.train.batches import BatchProcess, StepBatch, derived_seed
 from keye.train.checkpoint import FOLDER, Checkpoints, Progress
 from keye.train.config import StageConfig, TrainConfig
@@ -249,6 +249,7 @@ class Run:
         first = {"step": clock.step, "minutes": round(clock.seconds() / 60, 2), "lr": step.rate()}
         left = {"seconds_left": round(clock.seconds() * (1 - done) / done)} if 0 < done < 1 else {}
         clock.mark_logged()
+        release_memory()
         self._note(stage, {**first, **figures, "grad_norm": step.norm, **rates, **step.guard.take(), **left})
 
     def _note(self, stage: StageConfig, figures: Mapping[str, float]) -> None:

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.slow
 Shared = Callable[[str], Path]
 
 #: The way of training, with what is as good as certain to learn so few samples by heart.
-LORA = ("--lora-rank", 32, "--learning-rate", 0.012, "--max-steps", 80)
-FULL = ("--method", "full", "--learning-rate", 0.004, "--max-steps", 80)
+LORA = ("--lora-rank", 32, "--learning-rate", 0.012, "--max-steps", 64)
+FULL = ("--method", "full", "--learning-rate", 0.004, "--max-steps", 64)
 CASES = [("preview", LORA), ("1.5", LORA), ("2.0", (*LORA, "--lora-experts")), ("2.0", (*LORA, "--quant", "int8")),
          ("preview", FULL), ("1.5", FULL), ("2.0", FULL)]  # fmt: skip
 NAMES = ["preview-lora", "1.5-lora", "2.0-lora", "2.0-qlora", "preview-full", "1.5-full", "2.0-full"]
