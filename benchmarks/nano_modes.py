@@ -98,7 +98,8 @@ class Examiner:
         if complete:
             ids.pop()
         text = (OPENED if mode == "think" else "") + self.runtime.tokenizer.decode(ids)
-        thought = ids.index(self.close) + 1 if self.close in ids else len(ids) if text.startswith("<think>") else 0
+        closed = max((place + 1 for place, token in enumerate(ids) if token == self.close), default=0)
+        thought = closed or (len(ids) if text.startswith("<think>") else 0)
         right = score(clip, question, parse_reply(text).text, number).correct == 1.0
         formed = complete and is_well_formed(text, mode, "prefill")
         items = trace(clip, question).count("; ") + 1
