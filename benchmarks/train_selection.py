@@ -8,8 +8,12 @@ keye-nano's weights in bfloat16 and FrameForge clips of `--frames` frames, each 
   trainer's pack against `Engine.score`, until `--tokens` tokens were compared. With `--deterministic` the engine
   computes a prompt in one way whatever else it computes.
 
+`--adapter` trains a LoRA of random numbers on everything that takes one, experts, router, indexer and vision tower
+included, and compares with an engine that has loaded it from its files; its scale (1.375) is not a power of two.
+`--quant` quantises the base.
+
 Prints JSON. Run:
-    python -m benchmarks.train_selection [--frames 32] [--tokens 10000]
+    python -m benchmarks.train_selection [--frames 32] [--tokens 10000] [--adapter] [--quant int8]
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -34,19 +39,26 @@ from keye.data.samples import Place, Sample
 from keye.engine.engine import Engine, TokenPrompt
 from keye.engine.media import Frames
 from keye.hub import asset
+from keye.models.adapters import Adapter
 from keye.models.attention import Indexer
 from keye.models.keye import KeyeModel
 from keye.ops import registry
 from keye.ops.backend import Stretch
 from keye.ops.tree import Segment, select_keys
+from keye.train.config import LoraSettings
 from keye.train.features import encode_media
 from keye.train.layout import Layout
+from keye.train.lora import LoraParameters, add_lora, save_adapter
 from keye.train.packed import TreeStep
 from keye.train.packing import Pack, Packed, load, pack
 from keye.train.recipe import move_batch
 from keye.train.tree import IGNORE
 
 QUESTIONS = 16
+ADAPTER = "random"
+EVERYTHING = LoraSettings(
+    rank=8, alpha=11.0, targets=("all-linear", "router", "indexer", "head", "vision"), experts=True
+)
 
 
 def make_packs(layout: Layout, frames: int) -> Iterator[Pack]:
@@ -70,6 +82,8 @@ class Trainer:
 
     def __init__(self, model: KeyeModel) -> None:
         self.model = model.train()
+        width = model.config.text.hidden_size
+        model.set_elementwise(registry.find_training_elementwise(model.device, width))  # as the loop does
         self.indexers = [module for module in model.modules() if isinstance(module, Indexer)]
         self.inputs: list[tuple[Tensor, Tensor, Tensor]] = []
         for indexer in self.indexers:
@@ -87,27 +101,28 @@ class Trainer:
         return self.model.logits(hidden).log_softmax(-1).detach(), step
 
 
-def count_equal_rows(trainer: Trainer, segments: tuple[Segment, ...]) -> tuple[int, int]:
-    """Rows of all layers whose sets are equal, and all rows."""
+def count_equal_rows(
+    trainer: Trainer, model: KeyeModel, adapter: Adapter | None, segments: tuple[Segment, ...]
+) -> tuple[int, int]:
+    """Rows of all layers whose sets are those of an engine's `model`, and all rows."""
     text, equal, total = trainer.model.config.text, 0, 0
     assert text.sparse is not None
-    topk = text.sparse.topk
-    for indexer, (x, cos, sin) in zip(trainer.indexers, list(trainer.inputs), strict=True):
+    topk, others = text.sparse.topk, [module for module in model.modules() if isinstance(module, Indexer)]
+    for indexer, other, (x, cos, sin) in zip(trainer.indexers, others, list(trainer.inputs), strict=True):
         k = x.new_zeros(len(x), text.num_key_value_heads, text.head_dim)
         q = x.new_zeros(len(x), text.num_attention_heads, text.head_dim)
-        index = indexer.train()(x, cos, sin)
+        index = indexer(x, cos, sin)
         ours = select_keys(q, k, index.q, index.k, index.gate, segments, topk)
-        indexer.eval()
         for segment in segments:
             rows = segment.rows(0, segment.length, x.device)
-            wanted = infer_sets(indexer, x[rows], cos[rows], sin[rows], q[rows], k[rows], topk)[segment.first :]
+            with model.adapter_rows.use_for_all(adapter):
+                wanted = infer_sets(other, x[rows], cos[rows], sin[rows], q[rows], k[rows], topk)[segment.first :]
             wanted = torch.where(wanted >= 0, rows[wanted.clamp_min(0).long()], -1)
             mine = ours[segment.start : segment.stop]
             missing = wanted.shape[1] - mine.shape[1]
             mine = torch.nn.functional.pad(mine, (0, missing), value=-1)
             equal += int((mine.sort(1).values == wanted.sort(1).values).all(1).sum())
             total += len(mine)
-        indexer.train()
     return equal, total
 
 
@@ -127,8 +142,9 @@ def infer_sets(indexer: Indexer, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor,
 
 
 def log_prob_differences(
-    engine: Engine, full: Pack, packed: Packed[Tensor], ours: Tensor, step: TreeStep, *, deterministic: bool
-) -> Tensor:
+    engine: Engine, adapter: str | None, full: Pack, packed: Packed[Tensor], ours: Tensor, step: TreeStep, *,
+    deterministic: bool,
+) -> Tensor:  # fmt: skip
     """Of the learnt tokens of all segments."""
     differences = []
     for (branch, _), segment in zip(full.tree.branches(), step.segments, strict=True):
@@ -137,9 +153,19 @@ def log_prob_differences(
         learnt = segment.first + (labels[segment.first :] != IGNORE).nonzero().squeeze(1)
         if len(learnt):
             ids = [*packed.token_ids[rows].tolist(), int(labels[-1])]
-            (scores,) = engine.score([TokenPrompt(ids, branch.path.media)], deterministic=deterministic)
+            prompt = TokenPrompt(ids, branch.path.media)
+            (scores,) = engine.score([prompt], deterministic=deterministic, adapter=adapter)
             differences.append((ours[rows[learnt], labels[learnt]] - scores.logprobs[learnt]).abs())
     return torch.cat(differences)
+
+
+def add_random_lora(model: KeyeModel) -> LoraParameters:
+    """On everything, with numbers in place of the zeros that training begins with."""
+    lora, generator = add_lora(model, EVERYTHING), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pair in lora.pairs.values():
+            pair.B.copy_(0.05 * torch.randn(pair.B.shape, generator=generator))
+    return lora
 
 
 def main() -> None:
@@ -148,26 +174,34 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=10_000)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--adapter", action="store_true")
+    parser.add_argument("--quant", choices=("int8", "int4"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    engine = keye.load(arguments.model).engine
-    trainer = Trainer(keye.load(arguments.model).runtime.model)
+    engine = keye.load(arguments.model, quant=arguments.quant).engine
+    trainer = Trainer(keye.load(arguments.model, quant=arguments.quant).runtime.model)
+    adapter = None
+    if arguments.adapter:
+        with TemporaryDirectory() as folder:
+            adapter = engine.load_adapter(save_adapter(add_random_lora(trainer.model), Path(folder)), ADAPTER)
     layout, differences = Layout.of_folder(arguments.model), list[Tensor]()
     equal = total = 0
     for full in make_packs(layout, arguments.frames):
         packed = move_batch(load(full), trainer.model.device)
         ours, step = trainer.log_probs(packed)
-        some_equal, some = count_equal_rows(trainer, step.segments)
+        some_equal, some = count_equal_rows(trainer, engine.runtime.model, adapter, step.segments)
         equal, total = equal + some_equal, total + some
         differences.append(
-            log_prob_differences(engine, full, packed, ours, step, deterministic=arguments.deterministic)
+            log_prob_differences(
+                engine, adapter and adapter.name, full, packed, ours, step, deterministic=arguments.deterministic
+            )
         )
         if sum(map(len, differences)) >= arguments.tokens:
             break
     both = torch.cat(differences)
     result = {
         "frames": arguments.frames, "deterministic": arguments.deterministic,
-        "rows": total, "rows_equal": equal / total,
+        "adapter": arguments.adapter, "quant": arguments.quant, "rows": total, "rows_equal": equal / total,
         "tokens": len(both), "logprob_mean": round(float(both.mean()), 5),
         "logprob_p99": round(float(both.quantile(0.99)), 5), "logprob_max": round(float(both.max()), 5),
     }  # fmt: skip

@@ -207,6 +207,28 @@ def test_the_engine_computes_what_the_trainer_computes(mode: str, rslora: bool, 
     assert not torch.allclose(engine_log_probs(runtime), ours, atol=1e-2)
 
 
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+def test_in_bfloat16_layers_with_pairs_are_those_of_the_engine_to_the_last_bit(quant: Any, tmp_path: Path) -> None:
+    """The scales, 6 / 4 and others, are no powers of two: it matters which half of a pair they are rounded into."""
+    folder = tiny_folder(tmp_path / "model")
+    model, runtime = (keye.load(folder, quant=quant) for _ in range(2))
+    plain = keye.load(folder, quant=quant).model
+    lora = add_lora(model.model.train(), EVERYTHING)
+    fill(lora)
+    adapter = runtime.engine.load_adapter(save_adapter(lora, tmp_path / "tuned"), "tuned")
+    for name in {name.partition(".experts.")[0] for name in lora.pairs}:  # of experts, the layer that routes to them
+        ours, theirs, before = (own.get_submodule(name) for own in (model.model, runtime.model, plain))
+        width = model.model.config.text.hidden_size if isinstance(ours, MoE) else ours.in_features
+        x = torch.randn(40, int(width), generator=torch.Generator().manual_seed(1)).bfloat16()
+        with torch.no_grad(), runtime.model.adapter_rows.use_for_all(adapter):
+            expected, without = theirs(x), before(x)
+        trained = ours(x.requires_grad_())
+        if isinstance(ours, MoE):
+            expected, without, trained = expected[0], without[0], trained[0]
+        assert torch.equal(trained, expected), name
+        assert not torch.allclose(trained, without, atol=1e-2), name
+
+
 @pytest.mark.slow
 def test_in_bfloat16_trained_replies_have_the_same_log_probabilities_in_the_engine(tmp_path: Path) -> None:
     """Of keye-nano with a trained adapter, about a video of 32 frames."""
@@ -216,7 +238,7 @@ def test_in_bfloat16_trained_replies_have_the_same_log_probabilities_in_the_engi
     items = [sample((video, question), answer) for question, answer in pairs]
     packs = [move_batch(load(pack([layout.lay_out(item)], 100_000)[0]), torch.device("cpu")) for item in items]
     model = keye.load(folder).model.train()
-    lora = add_lora(model, LoraSettings(rank=8, experts=True))
+    lora = add_lora(model, LoraSettings(rank=8, alpha=11.0, experts=True))  # the scale is not a power of two
     optimizer = torch.optim.AdamW(list(lora.named.values()), lr=3e-3)
 
     def learnt(packed: Any) -> tuple[Tensor, Tensor]:

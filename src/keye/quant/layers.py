@@ -166,13 +166,10 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., M]."""
         rows, bias = x.reshape(-1, x.shape[-1]), self.bias
-        if not _needs_gradient(rows, bias):
-            y = _multiply(rows, self.weight, None, bias)
-        elif _needs_gradient(bias):
-            assert bias is not None
-            y = Product.apply(rows, self.weight, None, None) + bias
-        else:
+        if _needs_gradient(rows, bias):
             y = Product.apply(rows, self.weight, None, bias)
+        else:
+            y = _multiply(rows, self.weight, None, bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -248,8 +245,8 @@ class QuantExperts(nn.Module):
 
 
 class Product(torch.autograd.Function):
-    """`x @ weight.T` of a quantised weight, with the gradient of `x`: the kernels compute the product, and rounding of
-    activations in them counts as none. The backward pass holds one tile of numbers at a time."""
+    """`x @ weight.T + bias` of a quantised weight, with the gradients of `x` and `bias`: kernels compute the product,
+    and rounding of activations in them counts as none. The backward pass holds one tile of numbers at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight, sizes: list[int] | None, bias: Tensor | None) -> Tensor:
@@ -258,9 +255,12 @@ class Product(torch.autograd.Function):
         return _multiply(x, weight, sizes, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        to_bias = grad.sum(0) if ctx.needs_input_grad[3] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, to_bias
         if ctx.sizes is None:
-            return _turn_back(grad, ctx.weight, None), None, None, None
+            return _turn_back(grad, ctx.weight, None), None, None, to_bias
         parts = [_turn_back(part, ctx.weight, e) for e, part in enumerate(grad.split(ctx.sizes)) if part.shape[0]]
         empty = grad.new_empty(0, ctx.weight.shape[-1])
         return torch.cat(parts) if parts else empty, None, None, None

@@ -71,8 +71,10 @@ class Pair(nn.Module):
         """`scale * B @ A @ x`: [..., K] -> [..., M]; of experts [N, K] -> [N, M] for rows that are sorted by expert,
         `sizes` of each."""
         x = F.dropout(x, self.dropout, is_training)
-        a, b = self.A.to(x.dtype), (self.B * self.scale).to(x.dtype)
-        return x @ a.t() @ b.t() if sizes is None else multiply_grouped(x, a, b, sizes)
+        if sizes is None:
+            return x @ self.A.to(x.dtype).t() @ (self.B * self.scale).to(x.dtype).t()
+        # Readers scale PEFT's B, which of experts is our A: rounding the other half would give other numbers.
+        return multiply_grouped(x, (self.A * self.scale).to(x.dtype), self.B.to(x.dtype), sizes)
 
 
 def multiply_grouped(x: Tensor, a: Tensor, b: Tensor, sizes: list[int]) -> Tensor:
