@@ -7,6 +7,7 @@ import pytest
 from keye.config import ConfigError
 from keye.train.config import LoraSettings, ParallelSettings
 from keye.train.mesh import check_sizes
+from keye.train.recipes.family.batches import features_folder
 from tests.support.distributed import (
     largest_difference,
     picture_stage,
@@ -42,16 +43,17 @@ def test_processes_that_divide_the_tokens_have_the_losses_of_one(tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-3)])
-@pytest.mark.parametrize("shard", [False, True])
-def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, processes, dtype, tolerance, shard) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance", "kinds"), [
+    ("float32", 1e-5, [(2, False), (4, True)]), ("bfloat16", 2e-3, [(2, True), (4, False), (4, True)]),
+])  # fmt: skip
+def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, dtype, tolerance, kinds) -> None:
     stage = text_stage(tmp_path, trains="all", attention="sparse")
     alone = train_text(text_run(tmp_path, "one", stage, dtype=dtype))
-    config = text_run(tmp_path, "many", stage, dtype=dtype, parallel=ParallelSettings(shard=shard))
-    result = torchrun(config, processes)
-    assert result.returncode == 0, result.stderr
-    assert largest_difference(alone, read_log(config.output)) < tolerance
+    for processes, shard in kinds:
+        config = text_run(tmp_path, f"{processes} {shard}", stage, dtype=dtype, parallel=ParallelSettings(shard=shard))
+        result = torchrun(config, processes)
+        assert result.returncode == 0, result.stderr
+        assert largest_difference(alone, read_log(config.output)) < tolerance, (processes, shard)
 
 
 @pytest.mark.slow
@@ -91,6 +93,17 @@ def test_processes_without_pictures_keep_step_with_those_that_have_some(tmp_path
         divided = train_text(text_run(tmp_path, f"divided {number}", stage, processes=2, parallel=parallel))
         for name in ("loss", "grad_norm"):
             assert largest_difference(alone, divided, name) < 2e-5, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trains", ["decoder", "projector"])
+def test_what_a_frozen_tower_has_computed_is_kept_by_processes_that_share_its_weights(tmp_path: Path, trains) -> None:
+    stage = picture_stage(tmp_path, steps=6, trains=trains, features_gib=1)
+    alone = train_text(text_run(tmp_path, "one", stage))
+    shared = train_text(text_run(tmp_path, "two", stage, processes=2, parallel=SHARDED))
+    assert largest_difference(alone, shared) < 2e-5
+    kept = [sorted(path.name for path in features_folder(tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert kept[0] == kept[1] != []
 
 
 @pytest.mark.slow

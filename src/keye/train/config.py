@@ -133,7 +133,7 @@ class ParallelSettings(Settings):
 
     shard: bool | None = None
     """Shard weights, gradients and optimizer state over the processes (FSDP2); else each holds all of them. By default
-    they are on GPUs."""
+    they are on GPUs, unless a stage samples from the model."""
     expert: int = Field(default=1, gt=0)
     """Processes that divide the experts of a layer."""
     context: int = Field(default=1, gt=0)
@@ -214,6 +214,11 @@ class TrainConfig(Settings):
     keep: int | None = Field(default=None, gt=0)
     """Checkpoints that are kept; older ones are removed."""
     log_seconds: float = 30.0
+
+    @property
+    def shards(self) -> bool:
+        """Whether several processes divide the weights."""
+        return self.device.startswith("cuda") if self.parallel.shard is None else self.parallel.shard
 
     @field_validator("renews")
     @classmethod

@@ -25,6 +25,7 @@ from keye.files import complete_file
 from keye.models.keye import KeyeModel
 from keye.models.quant_fill import plain_state, quantized_weights
 from keye.models.vision import encode_tower, project_features
+from keye.train.parallel import join_tensor
 from keye.train.tree import Packed
 from keye.version import __version__
 
@@ -111,7 +112,7 @@ def digest_of(model: KeyeModel, stored: Stored) -> str:
     """Names what computes features: weights of the vision tower, for visual tokens those of the projector as well,
     their dtypes, and the version of keye."""
     parts = ("visual.", "mlp_AR.") if stored == "tokens" else ("visual.",)
-    plain = {name: tensor for name, tensor in plain_state(model).items() if name.startswith(parts)}
+    plain = {name: join_tensor(tensor) for name, tensor in plain_state(model).items() if name.startswith(parts)}
     coded = {name: each.digest for name, each in quantized_weights(model).items() if name.startswith(parts)}
     default = model.adapter_rows.default
     facts = (__version__, model.config.vision, "" if default is None else default.fingerprint)

@@ -92,7 +92,8 @@ class Run:
         try:
             self.progress = self.checkpoints.newest()
             group.first(partial(begin_output, config))
-            self.mesh = Mesh(config.parallel, group, load_model_config(config.model), torch.device(self.device))
+            model, device = load_model_config(config.model), torch.device(self.device)
+            self.mesh = Mesh(config.parallel, group, model, device, config.shards)
             self.model = self._load_model()
         except BaseException:
             self.close()

@@ -29,11 +29,11 @@ from keye.models.quant_fill import quantized_weights
 from keye.train.config import ParallelSettings
 from keye.train.experts import divide_experts
 from keye.train.packed import RowShare
-from keye.train.parallel import Group
+from keye.train.parallel import Group, join_tensor
 from keye.train.tree import IGNORE
 
 #: Parameters of fewer numbers stay whole in every process.
-LEAST_NUMBERS: Final = 1 << 16
+LEAST_NUMBERS: Final = 1 << 13
 # Their names in torch 2.13; older ones warn there.
 _all_gather: Final = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Final = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -62,12 +62,14 @@ class Place:
 class Mesh:
     """The processes of a run and what each holds. With one process nothing is divided."""
 
-    def __init__(self, settings: ParallelSettings, group: Group, config: KeyeConfig, device: torch.device) -> None:
+    def __init__(
+        self, settings: ParallelSettings, group: Group, config: KeyeConfig, device: torch.device, shards: bool
+    ) -> None:  # fmt: skip
+        """`shards`: the processes divide all weights, not those of `settings` alone."""
         check_sizes(settings, group.size, config.text.num_experts or 0)
         self.group, self.device, self.context = group, device, settings.context
         self.data_rank, self.data_size = group.rank // settings.context, group.size // settings.context
-        shard = device.type == "cuda" if settings.shard is None else settings.shard
-        self.shards = shard and group.size > 1
+        self.shards = shards and group.size > 1
         self.mesh: DeviceMesh | None = None
         self._gathered: list[Place] = []
         self._rows, self._anchor = (0, 0, 0), cast(Tensor | float, 0.0)
@@ -157,7 +159,7 @@ class Mesh:
             return state
         gathered = {}
         for name, tensor in state.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = join_tensor(tensor)
             if self.group.rank == 0:
                 gathered[name] = full.cpu()
         return gathered

@@ -211,6 +211,11 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def join_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor; where it is divided, every process calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def is_divided(tensor: Tensor) -> bool:
     """Whether no process holds all of a tensor."""
     return isinstance(tensor, DTensor) and any(place.is_shard() for place in tensor.placements)

@@ -21,7 +21,6 @@ from keye.engine.engine import Engine
 from keye.engine.prompt import ContextBudget, Prompt
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
-from keye.errors import KeyeError
 from keye.models.attention import AttentionMode
 from keye.models.keye import KeyeModel
 from keye.train.layout import Layout
@@ -52,7 +51,7 @@ class Sampler:
 
     def __init__(self, model: KeyeModel, folder: Path, *, attention: AttentionMode, max_tokens: int) -> None:
         """`folder` has the tokenizer and the template; prompts and replies of more than `max_tokens` are errors."""
-        check_whole(model)
+        assert not any(isinstance(p, DTensor) for p in model.parameters()), "the model is divided among processes"
         self.model, self.max_tokens = model, max_tokens
         self.layout = Layout.of_folder(folder)
         builder = self.layout.builder
@@ -85,13 +84,6 @@ class Sampler:
             ]
             for result in results
         ]  # fmt: skip
-
-
-def check_whole(model: KeyeModel) -> None:
-    """`KeyeError` for a model that is divided among processes."""
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise KeyeError("replies are sampled and compared by a model that each process holds whole: set shard = false, "
-                        "and tensor, expert and context to 1, in [parallel]")  # fmt: skip
 
 
 @contextmanager

@@ -33,6 +33,18 @@ def begin(folder, *stages, model=None, **run):
     return recipe, model
 
 
+@pytest.mark.parametrize("objective", ["pairs", "modes", "distill", "dpo", "mpo"])
+@pytest.mark.parametrize(("parallel", "field"), [({"shard": True}, "shard = true"), ({"expert": 2}, "expert above 1")])
+def test_stages_that_use_the_engine_need_the_whole_model(folder, objective, parallel, field):
+    fields = {"objective": objective, **({"distill": {"teacher": folder}} if objective == "distill" else {})}
+    stages = [family_stage(folder / "data.jsonl", name="first"), family_stage(folder / "data.jsonl", **fields)]
+    raw = {"model": folder, "output": folder, "stage": stages, "parallel": parallel}
+    with pytest.raises(ValueError, match=rf"parallel has {field}, but objective = .* \(stage 's'\) needs the whole"):
+        FamilyConfig(**raw)
+    on_gpus = {**raw, "device": "cuda", "parallel": {}}
+    assert not FamilyConfig(**on_gpus).shards and FamilyConfig(**{**on_gpus, "stage": stages[:1]}).shards
+
+
 def test_a_stage_changes_context_and_rope_base(folder):
     stage = family_stage(folder / "data.jsonl", context=65536, rope_theta=8e6, topk=8)
     positions = torch.arange(4).expand(3, 4)

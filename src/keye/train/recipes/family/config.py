@@ -211,9 +211,22 @@ class FamilyConfig(TrainConfig):
     rounding."""
     stages: tuple[FamilyStage, ...] = Field(validation_alias="stage", min_length=1, strict=False)
 
+    @property
+    def _samples(self) -> list[FamilyStage]:
+        """The stages that sample from the model, or compare replies, by the engine."""
+        return [stage for stage in self.stages if stage.objective not in ("next_token", "siglip")]
+
+    @property
+    def shards(self) -> bool:
+        return super().shards and not self._samples
+
     @model_validator(mode="after")
     def _check_parallel(self) -> Self:
         others = [stage for stage in self.stages if stage.objective != "next_token"]
+        if self._samples and (self.parallel.shard or self.parallel.expert > 1):
+            field, stage = "shard = true" if self.parallel.shard else "expert above 1", self._samples[0]
+            raise ValueError(f'parallel has {field}, but objective = "{stage.objective}" (stage {stage.name!r}) needs '
+                             "the whole model in each process; leave it out")  # fmt: skip
         if self.parallel.context > 1 and others:
             raise ValueError(f'parallel.context divides next tokens alone; leave it out with objective = '
                              f'"{others[0].objective}" (stage {others[0].name!r})')  # fmt: skip

@@ -29,7 +29,7 @@ from keye.train.recipes.family.config import DataConfig, FamilyStage
 from keye.train.recipes.family.objectives import PackObjective
 from keye.train.recipes.family.sampled import samples_file
 from keye.train.recipes.family.shared_files import write_shared
-from keye.train.rollouts import check_whole, generating
+from keye.train.rollouts import generating
 from keye.train.tree import IGNORE
 
 
@@ -93,7 +93,6 @@ def open_pairs(
 
 def compute_reference(stage: FamilyStage, model: KeyeModel, folder: Path) -> None:
     """Writes what the model says of every pair now, those of held-out data too."""
-    check_whole(model)
     path = _reference_file(folder, stage)
     objective, lines = PreferenceObjective(stage, model), []
     for data in (pair_data(stage, folder), stage.val_data):
