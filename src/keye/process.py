@@ -92,6 +92,15 @@ def check_device(device: str) -> None:
         raise KeyeError("device 'meta' cannot be used here: it holds shapes without numbers; choose cpu or cuda")
 
 
+def set_threads(threads: int) -> None:
+    """Has torch compute with so many threads. `KeyeError` for more than this process has cores."""
+    import torch
+
+    if threads > (cores := available_cores()):
+        raise KeyeError(f"threads is {threads}, but only {cores} cores can be used here; set it to at most {cores}")
+    torch.set_num_threads(threads)
+
+
 class ChildProcess:
     """A Python process that ends with this one, because its standard input does (`watch_stdin`), and that reports once
     when it is ready: one JSON line on a pipe whose descriptor is its last argument (`report_ready`).

@@ -110,6 +110,13 @@ def test_two_runs_in_one_folder(home: Path) -> None:
         train(config, FamilyRecipe())
 
 
+def test_more_threads_than_cores(tmp_path: Path) -> None:
+    config = text_run(tmp_path, "threads", text_stage(tmp_path, **STEPS), threads=9999)
+    with pytest.raises(KeyeError, match=r"threads is 9999, but only \d+ cores can be used here; set it to at most"):
+        train(config, FamilyRecipe())
+    assert not config.output.exists()
+
+
 def test_a_run_of_an_older_version_is_kept(home: Path) -> None:
     config = text_run(home, "older", text_stage(home, **STEPS))
     config.output.mkdir()

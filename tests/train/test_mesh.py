@@ -34,7 +34,7 @@ def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_processes_that_divide_the_tokens_have_the_losses_of_one(tmp_path: Path, attention) -> None:
-    stage = text_stage(tmp_path, steps=20, trains="all", attention=attention, router_z=0.001)
+    stage = text_stage(tmp_path, steps=8, trains="all", attention=attention, router_z=0.001)
     alone = train_text(text_run(tmp_path, "one", stage))
     for number, parallel in enumerate((ParallelSettings(context=2), ParallelSettings(context=2, shard=True))):
         divided = train_text(text_run(tmp_path, f"divided {number}", stage, processes=2, parallel=parallel))
@@ -58,7 +58,7 @@ def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, dtype, tolerance
 
 @pytest.mark.slow
 def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path) -> None:
-    stage = text_stage(tmp_path, steps=20, trains="all", attention="sparse")
+    stage = text_stage(tmp_path, steps=8, trains="all", attention="sparse")
     config = text_run(tmp_path, "one", stage)
     alone = train_text(config)
     kinds = [(2, ParallelSettings(expert=2)), (4, ParallelSettings(expert=2, context=2, shard=True))]
@@ -102,8 +102,8 @@ def test_what_a_frozen_tower_has_computed_is_kept_by_processes_that_share_its_we
     alone = train_text(text_run(tmp_path, "one", stage))
     shared = train_text(text_run(tmp_path, "two", stage, processes=2, parallel=SHARDED))
     assert largest_difference(alone, shared) < 2e-5
-    kept = [sorted(path.name for path in features_folder(tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert kept[0] == kept[1] != []
+    stored = [sorted(path.name for path in features_folder(tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert stored[0] == stored[1] != []
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from keye.media.plan import VideoPlan
 from keye.media.processor import VisualSpan, expand_frames
 from keye.media.source.fetch import Source, fetch_source
 from keye.media.video import VideoReader, plan_video
-from keye.process import check_device, memory_on
+from keye.process import check_device, memory_on, set_threads
 
 if TYPE_CHECKING:
     from keye.cache.slabs import KVFormat
@@ -123,7 +123,7 @@ def predict(
     mode: AttentionMode = options["attention"] or "sparse"
     dtype, notes = torch_dtype(options["dtype"] or model.dtype), list[str]()
     if options["threads"]:
-        torch.set_num_threads(options["threads"])
+        set_threads(options["threads"])
     request = request_of(model, config, folder, planned, options["max_tokens"])
     memory = memory_on(str(device))
     weights = None if options["dtype"] else loaded_bytes(folder, model, dtype)

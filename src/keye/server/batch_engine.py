@@ -23,7 +23,7 @@ from keye.api import Keye, load
 from keye.config.media import FetchLimits
 from keye.errors import KeyeError
 from keye.media.source.fetch import OwnersPolicy
-from keye.process import report_ready, watch_stdin
+from keye.process import report_ready, set_threads, watch_stdin
 from keye.server.app import create_app
 from keye.server.settings import Settings
 
@@ -37,11 +37,9 @@ _KEEP_ALIVE_SECONDS: Final = 24 * 3600
 
 def load_engine(settings: Mapping[str, Any]) -> Keye:
     """The model of `settings`: the arguments of `keye.load`, and `threads`."""
-    import torch
-
     options = {name: value for name, value in settings.items() if value is not None}
     if threads := options.pop("threads", None):
-        torch.set_num_threads(threads)
+        set_threads(threads)
     return load(options.pop("model"), **options)
 
 

@@ -23,7 +23,7 @@ from keye.models.load import load_model, torch_dtype
 from keye.models.quant_fill import quantized_weights
 from keye.ops.elementwise import PLAIN, Elementwise, compile_elementwise
 from keye.ops.registry import find_training_elementwise
-from keye.process import check_device, release_memory
+from keye.process import check_device, release_memory, set_threads
 from keye.train.batches import BatchProcess, StepBatch, derived_seed
 from keye.train.checkpoint import FOLDER, Checkpoints, Progress
 from keye.train.config import StageConfig, TrainConfig
@@ -60,7 +60,7 @@ def _train(
     config: TrainConfig, recipe: Recipe, resume: bool, report: Report | None, decode: str | None, group: Group
 ) -> None:  # fmt: skip
     """Every stage that is not done yet, in one of the run's processes."""
-    torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     load_model_config(config.model)  # a mistake there is reported before anything is written
     is_new = group.first(partial(check_output, config, resume))
     lock = lock_output(config.output)

@@ -28,6 +28,7 @@ from keye.commands.shared.options import (
 from keye.config.media import FetchLimits
 from keye.errors import KeyeError, MediaError, Option, ScopeWarning
 from keye.media.source.fetch import MAX_VIDEO_BYTES, Source, fetch_source, is_index, media_kind
+from keye.process import set_threads
 from keye.units import format_bytes, one_line
 
 if TYPE_CHECKING:
@@ -195,12 +196,10 @@ def load_model(options: Mapping[str, Any], *, decoder: Decoder | None = None) ->
     load_model_config(find_model(name, mmproj, weights=False))  # weights that cannot be loaded are not downloaded
     find_model(name, mmproj)
     with stderr().status(f"loading {one_line(options['model'])}"):
-        import torch
-
         import keye
 
         if options["threads"]:
-            torch.set_num_threads(options["threads"])
+            set_threads(options["threads"])
         model = keye.load(
             options["model"], device=options["device"], dtype=options["dtype"], quant=options.get("quant"),
             **pick_set({name: options.get(name) for name in STORING_OPTIONS}, STORING_OPTIONS),
