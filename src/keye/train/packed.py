@@ -177,8 +177,8 @@ class TreeStep:
         if sum(segment.stop - segment.start for segment in self.segments) == length:
             return None
         if self._inside is None:
-            ranges = [torch.arange(segment.start, segment.stop) for segment in self.segments]
-            self._inside = torch.cat(ranges).to(device)
+            ranges = [torch.arange(segment.start, segment.stop, device=device) for segment in self.segments]
+            self._inside = torch.cat(ranges)
         return self._inside
 
 

@@ -215,7 +215,7 @@ def _expert_bytes(text: TextConfig, load: _Load) -> float:
     rows = float(K)
     if load.tokens * K >= ROW_MULTIPLE * text.num_experts:  # then rows of each expert are padded
         rows += ROW_MULTIPLE / 2 * text.num_experts / load.tokens
-    size += rows * 3 * b * inner + K * _NUMBERS * d  # gate, its activation and up; the outputs in float32
+    size += rows * 3 * b * inner + K * b * d  # gate, its activation and up; the outputs
     if "experts" in load.trained:
         size += rows * (b * d + b * inner + _dropped(load, d + inner))
     return size

@@ -120,7 +120,8 @@ def forward(
     q = operands.q
     # Dense attention writes the rows of segments only.
     saved = Saved(
-        torch.zeros(q.shape, dtype=q.dtype), torch.full(q.shape[:2], torch.inf), torch.empty(len(q)) if teach else None
+        torch.zeros(q.shape, dtype=q.dtype, device=q.device), torch.full(q.shape[:2], torch.inf, device=q.device),
+        torch.empty(len(q), device=q.device) if teach else None,
     )  # fmt: skip
     blocks_of = segments if sets is None else _begin(segments, sets.shape[1])
     call, alive = _call(core, operands if teach else Operands(*operands[:3]), blocks_of, sets, saved)
@@ -138,7 +139,7 @@ def backward(
     grad_out = grad_out.contiguous()
     wanted = [*(needs.attention,) * 3, *(needs.indexer,) * 3]
     grads = [
-        torch.zeros(x.shape, dtype=x.dtype) if x is not None and want else None
+        torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x is not None and want else None
         for x, want in zip(operands, wanted, strict=True)
     ]
     for name, grad in zip(Operands._fields, grads, strict=True):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from keye.chat.tokenizer import Tokenizer
-from keye.config import ConfigError, load_model_config
+from keye.config import ConfigError, KeyeConfig, load_model_config
 from keye.data.samples import Sample
 from keye.models.keye import KeyeModel
 from keye.models.load import load_model
@@ -134,8 +134,14 @@ def load_teacher(teacher: Path, folder: Path, student: KeyeModel) -> KeyeModel:
     sizes = [(c.text.vocab_size, t.vocab_size, t.added_tokens) for c, t in ((own, before), (config, after))]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"the teacher {teacher} has another tokenizer than the student; choose one of its family")
-    if config.release != own.release or config.vision.patch_size != own.vision.patch_size:
+    if _layout_of(config) != _layout_of(own):
         raise ConfigError(f"the teacher {teacher} is of another release and reads prompts otherwise; choose one of the "
                           "student's")  # fmt: skip
     model, _ = load_model(teacher, config, device=student.device, dtype=student.dtype)
     return model.requires_grad_(False)
+
+
+def _layout_of(config: KeyeConfig) -> tuple[object, ...]:
+    """What the student's prompts, positions and patches must have in common with those that a model was trained on."""
+    return (config.vision.patch_size, config.vision.spatial_merge_size, config.tokens_per_second, config.text.uses_mrope,
+            config.image_token_id, config.video_token_id)  # fmt: skip
