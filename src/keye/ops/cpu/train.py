@@ -80,7 +80,7 @@ def _blocks(segments: tuple[Segment, ...], queries: int) -> _Blocks:
             blocks.append((first_piece, len(pieces), first_interval, len(intervals)))
 
     def numbers(rows: list[tuple[int, ...]], width: int) -> Tensor:
-        return torch.tensor(rows, dtype=torch.int64).view(-1, width)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, width)
 
     return _Blocks(numbers(blocks, 4), numbers(pieces, 4), numbers([*intervals], 2))
 

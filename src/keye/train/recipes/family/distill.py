@@ -142,6 +142,7 @@ def load_teacher(teacher: Path, folder: Path, student: KeyeModel) -> KeyeModel:
 
 
 def _layout_of(config: KeyeConfig) -> tuple[object, ...]:
-    """What the student's prompts, positions and patches must have in common with those that a model was trained on."""
-    return (config.vision.patch_size, config.vision.spatial_merge_size, config.tokens_per_second, config.text.uses_mrope,
-            config.image_token_id, config.video_token_id)  # fmt: skip
+    """What the student's prompts, positions and patches must have in common with those of another model."""
+    vision = (config.vision.patch_size, config.vision.spatial_merge_size)
+    tokens = (config.image_token_id, config.video_token_id)
+    return (*vision, *tokens, config.tokens_per_second, config.text.uses_mrope)
