@@ -33,10 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "64 frames, dense": {"frames": (64, 64), "mode": "dense"},
 }
 #: Clips longer than most of training.
-LONG: dict[str, dict[str, Any]] = {
-    "128 frames": {"frames": (128, 128)},
-    "128 frames, dense": {"frames": (128, 128), "mode": "dense"},
-}
+LONG: dict[str, dict[str, Any]] = {"128 frames": {"frames": (128, 128)}}
 #: What a search looks at: pieces of films over textures and photographs, in many aspect ratios. Photographs are those
 #: of matplotlib, scikit-learn and scikit-image; without them other textures are drawn and the scores differ.
 WINDOWS: dict[str, dict[str, Any]] = {
