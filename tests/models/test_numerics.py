@@ -27,6 +27,7 @@ def test_hadamard_keeps_dot_products_and_dtype() -> None:
     a, b = torch.randn(2, 7, 64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((hadamard_transform(a) * hadamard_transform(b)).sum(-1), (a * b).sum(-1))
     assert hadamard_transform(a.bfloat16()).dtype == torch.bfloat16
+    assert hadamard_transform(a.bfloat16()).is_contiguous()  # kernels read it by address
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))

@@ -65,7 +65,8 @@ class _Hadamard(torch.autograd.Function):
             torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
             torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
             y, other, step = other, y, 2 * step
-        return (y * dim**-0.5).to(x.dtype).mT.reshape(x.shape)
+        # In memory as its shape says: kernels that read it by address count on that.
+        return (y * dim**-0.5).to(x.dtype).mT.contiguous().view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
