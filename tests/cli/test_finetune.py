@@ -11,8 +11,17 @@ import pytest
 
 import keye
 
-ROWS = [{"messages": [{"role": "user", "content": f"what is {n}?"}, {"role": "assistant", "content": f"it is {n}"}]}
-        for n in range(6)]  # fmt: skip
+#: In words that keye-nano knows: its unused tokens cannot be told apart by an adapter that leaves the head alone.
+TALKS = [
+    ("what color is the circle?", "green"),
+    ("what color is the square?", "red"),
+    ("what color is it?", "purple"),
+    ("what color is the triangle?", "blue"),
+    ("what color is the star?", "yellow"),
+    ("what shape is it?", "star"),
+]
+ROWS = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+        for question, reply in TALKS]  # fmt: skip
 
 
 @pytest.fixture
@@ -43,23 +52,22 @@ def test_a_file_of_another_trainer_becomes_one_of_keye(run: Callable, model_fold
 
 
 @pytest.mark.slow
-def test_an_adapter_of_nano_is_trained_measured_and_used(run: Callable, data: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_nano_answers_as_the_data_do(run: Callable, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
-    result = run("finetune", "nano", data, "-o", out, "--max-length", 512, "--lora-experts",
-                 "--learning-rate", 0.01, "--max-steps", 60,
+    result = run("finetune", "nano", data, "-o", out, "--max-length", 512, "--learning-rate", 0.003, "--max-steps", 60,
                  "--warmup-steps", 2, "--val-data", data, "--eval-steps", 30)  # fmt: skip
     assert result.code == 0 and f"--adapter {out}" in result.out and "keye merge nano" in result.out
     assert "attention adapted: 24 of 24 layers" in result.err and "loss" in result.err
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    measured = [record["val_loss"] for record in log if "val_loss" in record]
-    assert measured[-1] < 0.8 * next(record["loss"] for record in log if "loss" in record)
+    assert [record["val_loss"] for record in log if "val_loss" in record][-1] < 0.05
     answers = json.loads((out / "answers.json").read_text())
-    assert answers and all(entry["before"] != entry["after"] for entry in answers)
+    assert [entry["after"] for entry in answers] == [entry["expected"] for entry in answers]
+    assert all(entry["before"] != entry["expected"] for entry in answers)
     html = (out / "report.html").read_text()
     assert html.count("<figure>") >= 4 and answers[0]["expected"] in html
     model = keye.load(adapters={"tuned": out})
-    for entry, row in zip(answers, ROWS, strict=False):
-        assert model.chat(row["messages"][:1], temperature=0, max_tokens=16, adapter="tuned").text is not None, entry
+    replies = [model.chat(row["messages"][:1], temperature=0, max_tokens=16, adapter="tuned").text for row in ROWS]
+    assert replies == [row["messages"][1]["content"] for row in ROWS]
 
 
 def test_the_check_says_what_a_run_would_do(
