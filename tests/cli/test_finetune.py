@@ -11,7 +11,7 @@ import pytest
 
 import keye
 
-#: In words that keye-nano knows: its unused tokens cannot be told apart by an adapter that leaves the head alone.
+#: In words that keye-nano knows: an adapter that leaves the head alone cannot choose among its unused tokens.
 TALKS = [
     ("what color is the circle?", "green"),
     ("what color is the square?", "red"),

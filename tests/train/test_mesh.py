@@ -22,7 +22,7 @@ from tests.support.training import weights
 
 SHARDED = ParallelSettings(shard=True)
 
-#: Minutes of processor time each, and not all of them have passed yet: run by hand with KEYE_LONG_TESTS=1.
+#: A minute of processor time each.
 LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
 
 
@@ -116,7 +116,6 @@ def test_what_a_frozen_tower_has_computed_is_kept_by_processes_that_share_its_we
     assert stored[0] == stored[1] != []
 
 
-@LONG
 @pytest.mark.slow
 def test_an_adapter_is_trained_by_processes_that_share_the_weights(tmp_path: Path) -> None:
     stage, lora = text_stage(tmp_path, steps=10, lr=1e-2, trains="decoder"), LoraSettings(rank=4, experts=True)

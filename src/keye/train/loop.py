@@ -299,7 +299,8 @@ class Step:
                     moved = run.mesh.keep_own_labels(move_batch(micro, run.model.device))
                     part = self.objective.loss(run.model, moved, batch.count)
                     loss += float(part.detach())
-                    (part + anchor + run.mesh.anchor()).backward()
+                    if (total := part + anchor + run.mesh.anchor()).requires_grad:  # texts teach a projector nothing
+                        total.backward()
                 self.optimizer.add_gradients()
         except RuntimeError as error:
             if is_out_of_memory(error):

@@ -73,6 +73,7 @@ class Mesh:
         self.mesh: DeviceMesh | None = None
         self._gathered: list[Place] = []
         self._rows, self._anchor = (0, 0, 0), cast(Tensor | float, 0.0)
+        self._whole_anchor: Tensor | float = 0.0
         self.contexts: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
         if settings.expert > 1:
@@ -102,7 +103,14 @@ class Mesh:
         inside = {id(p) for layer in decoder.layers for p in layer.parameters()}
         outside = {p for p in decoder.parameters() if id(p) not in inside}
         fully_shard(decoder, ignored_params=outside, **options)
+        decoder.register_forward_pre_hook(self._tie_to_gathered)
         self._gathered = list(self._divide_rest(model, inside))
+
+    def _tie_to_gathered(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Has gradients pass by every layer in each process: where the decoder is frozen, they would where a pack has
+        pictures alone, and layers are gathered by all processes together."""
+        x, *others = arguments
+        return (x + self._whole_anchor, *others)
 
     def _divide_rest(self, model: KeyeModel, inside: set[int]) -> Iterator[Place]:
         """Divides large parameters outside the decoder layers."""
@@ -145,8 +153,10 @@ class Mesh:
                 for module, name in place.owners:
                     del module._parameters[name]
                     module.__dict__[name] = full
+            self._whole_anchor = anchor
             yield anchor
         finally:
+            self._whole_anchor = 0.0
             for place in self._gathered:
                 for module, name in place.owners:
                     module.__dict__.pop(name, None)

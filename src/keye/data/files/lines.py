@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import csv
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import numpy as np
 
 from keye.data.files.raw import CACHED_BLOCKS, MAX_ROW, Raw
-from keye.data.files.rows import Offsets, Row, parse_object
+from keye.data.files.rows import Offsets, Row, find_blocks, parse_object
 from keye.data.samples import BadRow, Place
 from keye.errors import KeyeError
 from keye.units import format_bytes
@@ -21,7 +22,7 @@ _BLANKS: Final = np.frombuffer(b" \t\r\n", np.uint8)
 MAX_COLUMNS: Final = 1000
 
 
-class LineFile:
+class LineFile(ABC):
     """Rows that begin on lines of their own; subclasses say what a line means. Lines without text are no rows."""
 
     kind = ""
@@ -41,8 +42,7 @@ class LineFile:
 
     @property
     def blocks(self) -> Offsets | None:
-        edges = self.raw.edges
-        return np.unique(np.searchsorted(self._starts, edges)) if len(edges) > 1 else None
+        return find_blocks(self.raw.edges, self._starts)
 
     def place(self, index: int) -> Place:
         return Place(str(self.path), index + 1 + int(np.searchsorted(self._skipped, index, side="right")))
@@ -50,9 +50,9 @@ class LineFile:
     def read(self, index: int) -> Row:
         return Row(self.parse(self.line(index)), self.place(index))
 
+    @abstractmethod
     def parse(self, line: bytes) -> dict[str, Any]:
         """The fields of a line."""
-        raise NotImplementedError
 
     def line(self, index: int) -> bytes:
         """The bytes of a row, without the end of its line."""

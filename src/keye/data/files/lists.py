@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from keye.data.files.raw import CACHED_BLOCKS, MAX_ROW, Raw
-from keye.data.files.rows import Offsets, Row, check_object
+from keye.data.files.rows import Offsets, Row, check_object, find_blocks
 from keye.data.samples import BadRow, Place
 from keye.errors import KeyeError
 from keye.units import MIB, format_bytes
@@ -52,8 +52,7 @@ class JsonList:
 
     @property
     def blocks(self) -> Offsets | None:
-        edges = self.raw.edges
-        return np.unique(np.searchsorted(self._starts, edges)) if len(edges) > 1 else None
+        return find_blocks(self.raw.edges, self._starts)
 
     def place(self, index: int) -> Place:
         return Place(str(self.path), int(self._lines[index]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -86,3 +86,8 @@ def check_object(value: object, raw: bytes, what: str) -> dict[str, Any]:
     if (b"\\ud" in raw or b"\\uD" in raw) and _SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise BadRow(f"the {what} has half of a character (a single surrogate such as \\ud83d)")
     return value
+
+
+def find_blocks(edges: Sequence[int], starts: Offsets) -> Offsets | None:
+    """The first rows of the blocks that begin at `edges`, of rows that begin at `starts`; None without edges inside."""
+    return np.unique(np.searchsorted(starts, edges)) if len(edges) > 1 else None

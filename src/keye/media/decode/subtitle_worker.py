@@ -18,8 +18,8 @@ from av.container import InputContainer
 from av.stream import Discard, Disposition
 
 from keye.media.decode.start import run_worker
-from keye.media.decode.video_file import open_container
-from keye.media.decode.wire import FRAME, INFO, WorkerError, send, send_error
+from keye.media.decode.video_file import open_container, send_failures
+from keye.media.decode.wire import FRAME, INFO, send
 
 #: Codecs whose packets hold text, and the number of commas before it in a line of ASS.
 _TEXT = frozenset({"mov_text", "subrip", "srt", "text", "webvtt", "ass", "ssa"})
@@ -106,17 +106,11 @@ def _codec(stream: Any) -> str:
 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends."""
-    try:
+    with send_failures(out, "needs more memory to read than the limit allows"):
         tracks = TextTracks(file, options)
         send(out, INFO, json.dumps(tracks.describe()).encode())
         for line in requests:
             send(out, FRAME, json.dumps(tracks.read(json.loads(line)["track"])).encode())
-    except WorkerError as error:
-        send_error(out, *error.args)
-    except MemoryError:
-        send_error(out, "needs more memory to read than the limit allows")
-    except av.error.FFmpegError as error:
-        send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
 def main(arguments: list[str]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import av
 
 from keye.media.decode.start import run_worker
-from keye.media.decode.video_file import choose_track, open_container, video_tracks
-from keye.media.decode.wire import INFO, WorkerError, send, send_error
+from keye.media.decode.video_file import choose_track, open_container, send_failures, video_tracks
+from keye.media.decode.wire import INFO, WorkerError, send
 
 
 def read_times(file: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
@@ -39,14 +39,8 @@ def read_times(file: BinaryIO, options: dict[str, Any]) -> dict[str, Any]:
 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO."""
-    try:
+    with send_failures(out, "needs more memory to read than the limit allows"):
         send(out, INFO, json.dumps(read_times(file, options)).encode())
-    except WorkerError as error:
-        send_error(out, *error.args)
-    except MemoryError:
-        send_error(out, "needs more memory to read than the limit allows")
-    except av.error.FFmpegError as error:
-        send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
 def main(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -21,7 +22,7 @@ from av.video.stream import VideoStream
 from keye.media.container.completeness import ends_early
 from keye.media.container.packets import Scan, packet_key, scan
 from keye.media.container.timeline import JOIN
-from keye.media.decode.wire import WorkerError
+from keye.media.decode.wire import WorkerError, send_error
 
 #: What untrusted files may be: containers and codecs that people use, of the hundreds that FFmpeg knows. The rest is
 #: seldom used and seldom tested.
@@ -158,6 +159,19 @@ class VideoFile:
         context.thread_count = opening.threads
         context.copy_opaque = True  # frames tell which packet they are of
         return container, stream
+
+
+@contextmanager
+def send_failures(out: BinaryIO, needs: str) -> Iterator[None]:
+    """Sends what a file makes impossible within the block as an error; `needs` is said where memory did not suffice."""
+    try:
+        yield
+    except WorkerError as error:
+        send_error(out, *error.args)
+    except MemoryError:
+        send_error(out, needs)
+    except av.error.FFmpegError as error:
+        send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
 def open_container(file: BinaryIO, *, common_only: bool) -> InputContainer:

@@ -29,8 +29,8 @@ from keye.media.decode.display import display_facts, interpolate_fields, with_ne
 from keye.media.decode.sound import SoundReader, describe_sound, find_timecode
 from keye.media.decode.start import run_worker
 from keye.media.decode.thumbnails import HEIGHT, WIDTH, interleave, wanted_times
-from keye.media.decode.video_file import Opening, VideoFile, list_tracks, video_tracks
-from keye.media.decode.wire import END, INFO, SOUND, WorkerError, send, send_error
+from keye.media.decode.video_file import Opening, VideoFile, list_tracks, send_failures, video_tracks
+from keye.media.decode.wire import END, INFO, SOUND, WorkerError, send
 
 if TYPE_CHECKING:
     from keye.media.decode.animation_reader import AnimationReader
@@ -400,7 +400,7 @@ def packed_rgb(
 
 def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, Any]) -> None:
     """Sends INFO, then answers requests until standard input ends. See the module's docstring."""
-    try:
+    with send_failures(out, "needs more memory to decode than the limit allows; re-encode it smaller"):
         reader: Reader | AnimationReader
         if options["animation"]:
             from keye.media.decode.animation_reader import AnimationReader
@@ -431,12 +431,6 @@ def serve(file: BinaryIO, requests: BinaryIO, out: BinaryIO, options: dict[str, 
                 send(out, kind, body)
             report = {"damaged": list(reader.damage[:_MOST_REPORTED]), "resized": reader.resized[:_MOST_REPORTED]}
             send(out, END, json.dumps(report).encode())
-    except WorkerError as error:
-        send_error(out, *error.args)
-    except MemoryError:
-        send_error(out, "needs more memory to decode than the limit allows; re-encode it smaller")
-    except av.error.FFmpegError as error:
-        send_error(out, f"is damaged ({error.strerror}); download it again or re-encode it")
 
 
 def main(arguments: list[str]) -> None:

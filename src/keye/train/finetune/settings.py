@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, model_validator
 
 from keye.config import ConfigError, KeyeConfig
-from keye.config.settings import Settings, explain_fields, parse_settings, read_toml
+from keye.config.settings import explain_fields, parse_settings, read_toml
 from keye.models.quant_fill import stored_policy
 from keye.train.config import GuardSettings, LoraSettings, Rank, Seed
 from keye.train.recipes.family.config import DataConfig, FamilyConfig, FamilyStage, MediaConfig
@@ -28,7 +28,7 @@ MEDIA: Final = tuple(MediaConfig.model_fields)
 _PATHS: Final = ("model", "data", "val_data", "output", "root")
 
 
-class FinetuneSettings(Settings):
+class FinetuneSettings(MediaConfig):
     """Settings of a fine-tuning, under the names of the flags of `keye finetune`."""
 
     model: str
@@ -93,14 +93,6 @@ class FinetuneSettings(Settings):
     """Several samples share a pass; none sees another."""
     gradient_checkpointing: bool = True
     """Compute the layers again in the backward pass instead of keeping what they computed."""
-
-    fps: Rate | None = None
-    nframes: Count | None = None
-    min_frames: Count | None = None
-    max_frames: Count | None = None
-    min_pixels: Count | None = None
-    max_pixels: Count | None = None
-    video_total_pixels: Count | None = None
 
     seed: Seed = 0
     device: str = "cpu"
@@ -203,6 +195,7 @@ def _make_run(settings: FinetuneSettings, folder: Path, config: KeyeConfig) -> F
         seed=settings.seed, device=settings.device, dtype=settings.dtype, threads=threads,
         processes=settings.processes, checkpointing=settings.gradient_checkpointing, quant=settings.quant, lora=lora,
         save_steps=settings.save_steps, keep=settings.save_total_limit,
+        log_seconds=3.0,  # a record is the mean since the one before, and runs are often short
         guard=GuardSettings(on_spike="report"),  # a rare kind of sample may differ most, and is there to be learnt
     )  # fmt: skip
 

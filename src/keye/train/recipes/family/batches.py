@@ -4,6 +4,7 @@ processes of a run."""
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -188,7 +189,7 @@ def _with_options(message: Message, options: dict[str, Any]) -> Message:
     return replace(message, parts=tuple(map(change, message.parts)))
 
 
-class Batches:
+class Batches(ABC):
     """The steps of one process: each takes `batch` samples, or as many as make `batch` packs. Every process reads all
     samples and loads the pixels of its own share."""
 
@@ -205,19 +206,19 @@ class Batches:
         micro = self.make_micro(samples, figures)
         return StepBatch(micro, sum(map(self.weigh, samples)), self.reader.position, figures, share)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # subclasses may leave it
         """Nothing is open."""
 
-    def check(self, sample: LaidOut) -> None:
+    def check(self, sample: LaidOut) -> None:  # noqa: B027  # subclasses may leave it
         """Raises `KeyeError` for a sample that cannot be learnt from."""
 
+    @abstractmethod
     def weigh(self, sample: LaidOut) -> float:
         """What a sample adds to the denominator of the losses."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_micro(self, samples: Sequence[LaidOut], figures: dict[str, float]) -> list[Any]:
         """The micro-batches of this process; adds to the figures of the step."""
-        raise NotImplementedError
 
     @property
     def is_packed(self) -> bool:
