@@ -28,6 +28,9 @@ def test_hadamard_keeps_dot_products_and_dtype() -> None:
     torch.testing.assert_close((hadamard_transform(a) * hadamard_transform(b)).sum(-1), (a * b).sum(-1))
     assert hadamard_transform(a.bfloat16()).dtype == torch.bfloat16
     assert hadamard_transform(a.bfloat16()).is_contiguous()  # kernels read it by address
+    # vLLM compiles the indexer in one graph.
+    compiled = torch.compile(hadamard_transform, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(a), hadamard_transform(a))
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-6, 1e6))

@@ -52,16 +52,24 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
 
 class _Hadamard(torch.autograd.Function):
-    """The transform is its own gradient. Numbers lie transposed meanwhile, so that every sum is one of long rows."""
+    """The transform is its own gradient. Numbers lie transposed meanwhile, so that every sum is one of long rows; what
+    torch compiles cannot write into a part of a tensor, and makes new ones of the same sums."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         dim = x.shape[-1]
         assert dim & (dim - 1) == 0, "a Hadamard transform needs a power of two"
         y = x.reshape(-1, dim).mT.float().contiguous()
-        other, step = torch.empty_like(y), 1
+        compiling = torch.compiler.is_compiling()
+        other, step = y if compiling else torch.empty_like(y), 1
         while step < dim:
-            pairs, sums = (each.view(dim // (2 * step), 2, step, y.shape[1]) for each in (y, other))
+            shape = (dim // (2 * step), 2, step, y.shape[1])
+            pairs = y.view(shape)
+            if compiling:
+                sums = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), 1)
+                y, step = sums.view(y.shape), 2 * step
+                continue
+            sums = other.view(shape)
             torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
             torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
             y, other, step = other, y, 2 * step
