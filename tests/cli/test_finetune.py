@@ -107,6 +107,23 @@ def test_a_problem_ends_the_check_and_the_run(
     assert started.code == 2 and sentence in started.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("media", ["10", "all"])
+def test_a_long_sample_far_back_is_found_before_the_run(
+    run: Callable, model_folder: Path, data: Path, tmp_path: Path, media: str
+) -> None:
+    rows = [json.dumps({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]})
+            for text in ("b", "b" * 2000)]  # fmt: skip
+    data.write_text("\n".join([rows[0]] * 300 + [rows[1]]))
+    words = ["finetune", model_folder, data, "-o", tmp_path / "out", "--max-length", 700]
+    checked = run(*words, "--check", "--check-media", media, "--json")
+    assert checked.code == 1 and f"{data}:301: the sample takes" in checked.data["problems"][0]
+    assert checked.data["samples"] == (301 if media == "all" else 200)
+    started = run(*words)
+    assert started.code == 2 and f"{data}:301: the sample takes" in started.err
+    dropped = run(*words, "--too-long", "drop", "--check", "--check-media", media, "--json").data
+    assert dropped["problems"] == []
+
+
 def test_planted_faults_are_named_with_their_lines(
     run: Callable, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ workers.
 
 from __future__ import annotations
 
+import heapq
 import time
 from bisect import bisect_right
 from collections import ChainMap, Counter
@@ -39,6 +40,8 @@ _MOST_SAMPLES: Final = 1024
 _INTERVAL: Final = 0.2
 #: Rows that are looked at for each that is to have media.
 _TRIES: Final = 50
+#: Rows with the longest texts, and rows with the most media, that are named.
+_MOST_LARGEST: Final = 16
 #: Seconds by which an answer may name a time after the end of its video: annotations are rounded.
 _SLACK: Final = 1.0
 
@@ -53,7 +56,8 @@ Progress: TypeAlias = Callable[[str, int, int, float | None], None]
 class DataCheck:
     """What a check has found: `rows` read, of which `left_out` cannot be learnt from, `media_checked` media opened,
     `faults` of both with their places, `more` beyond those that are listed. `notes` are sentences on what was
-    tolerated, with the number of rows; `formats` has for each set its kind of file and the rows that are used."""
+    tolerated, with the number of rows; `formats` has for each set its kind of file and the rows that are used;
+    `largest` are the samples with the longest texts and those with the most media, largest first."""
 
     rows: int
     left_out: int
@@ -62,6 +66,7 @@ class DataCheck:
     more: int = 0
     notes: Mapping[str, int] = field(default_factory=dict)
     formats: tuple[tuple[str, str, int], ...] = ()
+    largest: tuple[Sample, ...] = ()
 
     @property
     def bad_rows(self) -> int:
@@ -101,8 +106,9 @@ def check_sets(
     formats = tuple((str(each.dataset.path), each.rows.kind, each.count) for each in opened)
     more = max(0, len(faults) - MAX_FAULTS)
     return DataCheck(
-        check.rows, check.left_out, check.media_checked, tuple(faults[:MAX_FAULTS]), more, dict(notes), formats
-    )
+        check.rows, check.left_out, check.media_checked, tuple(faults[:MAX_FAULTS]), more, dict(notes), formats,
+        check.read_largest(),
+    )  # fmt: skip
 
 
 class _Clock:
@@ -130,6 +136,9 @@ class _Check:
         self.indices = [opened.indices(seed, number) for number, opened in enumerate(sets)]
         self.rows = self.left_out = self.media_checked = 0
         self.faults: list[Skip] = []
+        #: (characters, set, row) and (media, set, row), each a heap.
+        self._longest: list[tuple[int, int, int]] = []
+        self._fullest: list[tuple[int, int, int]] = []
         self._reading = True
 
     def used(self) -> list[tuple[int, int]]:
@@ -155,16 +164,26 @@ class _Check:
     def read_rows(self) -> None:
         """Converts all rows."""
         clock = _Clock("rows", sum(map(len, self.indices)), self._on_progress)
-        for opened, indices in zip(self.sets, self.indices, strict=True):
+        for number, (opened, indices) in enumerate(zip(self.sets, self.indices, strict=True)):
             for index in indices:
                 try:
-                    opened.sample(index)
+                    sample = opened.sample(index)
                 except BadRow as error:
                     self.faults.append(Skip(opened.rows.place(index), str(error)))
                     self.left_out += 1
+                else:
+                    _keep_largest(self._longest, (_count_characters(sample), number, index))
+                    _keep_largest(self._fullest, (len(sample.media), number, index))
                 self.rows += 1
                 clock.report(self.rows)
         self._reading = False
+
+    def read_largest(self) -> tuple[Sample, ...]:
+        """The samples with the longest texts and with the most media, once all rows are read."""
+        sets = self._copies(opens=False)
+        both = zip(*(sorted(heap, reverse=True) for heap in (self._longest, self._fullest)), strict=True)
+        places = dict.fromkeys((number, index) for pair in both for _, number, index in pair)
+        return tuple(sets[number].sample(index) for number, index in places)
 
     def open_media(self, rows: Sequence[tuple[int, int]]) -> None:
         """Opens the media of some rows, each medium with the same options once."""
@@ -219,6 +238,18 @@ class _Check:
         """Progress of media, once all rows are read."""
         if self._on_progress is not None and not self._reading:
             self._on_progress(what, done, total, left)
+
+
+def _keep_largest(heap: list[tuple[int, int, int]], entry: tuple[int, int, int]) -> None:
+    if len(heap) < _MOST_LARGEST:
+        heapq.heappush(heap, entry)
+    elif entry > heap[0]:
+        heapq.heapreplace(heap, entry)
+
+
+def _count_characters(sample: Sample) -> int:
+    messages = (*sample.messages, *sample.rejected)
+    return sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
 
 
 def _key(medium: object) -> object:

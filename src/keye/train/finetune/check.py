@@ -4,6 +4,7 @@ change, and what memory and time it takes."""
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,8 +22,8 @@ from keye.errors import KeyeError
 from keye.models.keye import KeyeModel
 from keye.process import check_device
 from keye.sessions.search.questions import ground_question
-from keye.train.finetune.measure import MOST_SAMPLES, Measured, measure
-from keye.train.layout import Layout
+from keye.train.finetune.measure import MOST_SAMPLES, MOST_SECONDS, Measured, measure
+from keye.train.layout import Layout, LengthError
 from keye.train.lora import GROUPS, LoraError, LoraParameters
 from keye.train.parts import choose_parameters, is_in_part
 from keye.train.plan import TrainPlan, measure_rate, plan_training
@@ -98,8 +99,8 @@ def check_run(
     run: FamilyConfig, *, media: int | None = MEDIA_ROWS, samples: int = MOST_SAMPLES,
     on_progress: Progress | None = None,
 ) -> Check:  # fmt: skip
-    """Checks a run whose model's small files are here; no weights are read. `media` rows have their media opened (None:
-    all), `samples` are laid out."""
+    """Checks a run whose model's small files are here; no weights are read. `media` rows have their media opened, and
+    `samples` are laid out, and those with the longest texts and the most media; None: all of both."""
     check_device(run.device)
     (stage,) = run.stages
     config = load_model_config(run.model)
@@ -109,24 +110,42 @@ def check_run(
     layout = Layout.of_folder(run.model, max_tokens=stage.max_tokens)
     stream = open_stream(stage.data, run.output, seed=run.seed, epochs=1.0)
     style, problems, warnings = config.release.thinking, list[str](), list[str]()
+    total = stream.epoch_samples if media is None else min(samples, stream.epoch_samples)
 
     def read() -> Iterator[Sample]:
         try:
-            for sample in islice(stream, samples):
+            for sample in islice(stream, total):
                 yield prepare(sample, stage.media, style)
         except KeyeError as error:  # too many rows that cannot be learnt from: those that were read are shown
             problems.append(str(error))
 
     measured = measure(
-        read(), layout, most=samples,
-        on_progress=None if on_progress is None else
-        lambda done: on_progress("samples", done, min(samples, stream.epoch_samples), None),
+        read(), layout, most=total, seconds=math.inf if media is None else MOST_SECONDS,
+        on_progress=None if on_progress is None else lambda done, left: on_progress("samples", done, total, left),
     )  # fmt: skip
+    if media is not None and stage.too_long == "error" and not measured.too_long:
+        # What is too long is most likely among these: found now, it does not end a run after hours.
+        problems += _find_too_long((prepare(sample, stage.media, style) for sample in data.largest), layout)
     parts = _count_parts(run, config, problems)
     usable = stream.epoch_samples * (1 - data.left_out / max(1, data.rows))
     cost = None if problems or not measured.lengths else _predict(run, config, measured, usable)
     _judge(run, config, data, measured, cost, problems, warnings)
     return Check(data, measured, parts, cost, tuple(problems), tuple(warnings))
+
+
+def _find_too_long(samples: Iterator[Sample], layout: Layout) -> list[str]:
+    """The error of the first sample that is longer than a pack, of those that can be laid out in `MOST_SECONDS`."""
+    begin = time.monotonic()
+    for sample in samples:
+        try:
+            layout.lay_out(sample)
+        except LengthError as error:
+            return [str(error)]
+        except KeyeError:
+            pass  # left out by a run, and a fault of the data where it is read
+        if time.monotonic() - begin > MOST_SECONDS:
+            break
+    return []
 
 
 def _count_parts(run: FamilyConfig, config: KeyeConfig, problems: list[str]) -> tuple[PartCount, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import time
+from array import array
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -128,48 +129,65 @@ class Measured:
 
 def measure(
     samples: Iterable[Sample], layout: Layout, *, most: int = MOST_SAMPLES, seconds: float = MOST_SECONDS,
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int, float], object] | None = None,
 ) -> Measured:  # fmt: skip
-    """Lays out samples, at most `most` of them and for about so many `seconds`."""
+    """Lays out samples, at most `most` of them and for about so many `seconds`. `on_progress` gets how many are laid
+    out, and the seconds that `most` of them take from now on."""
     begin = time.monotonic()
-    laid, too_long, skipped, count = list[LaidOut](), list[str](), list[Skip](), 0
-    times, frames, spacing = TimeCheck(), list[float](), list[float]()
+    sizes, examples, notes = list[tuple[int, int, int]](), _Examples(), Counter[str]()
+    too_long, skipped, count = list[str](), list[Skip](), 0
+    times, frames, spacing = TimeCheck(), array("d"), array("d")
     for sample in samples:
         count += 1
         try:
-            laid.append(layout.lay_out(sample))
+            laid = layout.lay_out(sample)
         except LengthError as error:
             too_long.append(str(error))
         except KeyeError as error:
             skipped.append(Skip(sample.place, str(error).removeprefix(f"{sample.place}: ")))
         else:
-            path = max(laid[-1].paths, key=lambda path: len(path.media))
+            sizes.append((laid.length, laid.learnt, laid.visual_tokens))
+            notes.update(set(laid.notes))
+            examples.add(laid)
+            path = max(laid.paths, key=lambda path: len(path.media))
             check_times(path, sample, layout, times)
             videos = [item for item in path.media if item.kind == "video"]
-            frames += [float(item.frame_count) for item in videos]
-            spacing += [b - a for item in videos for a, b in pairwise(item.timestamps)]
+            frames.extend(item.frame_count for item in videos)
+            spacing.extend(b - a for item in videos for a, b in pairwise(item.timestamps))
+        spent = time.monotonic() - begin
         if on_progress is not None:
-            on_progress(count)
-        if count >= most or time.monotonic() - begin > seconds:
+            on_progress(count, spent / count * (most - count))
+        if count >= most or spent > seconds:
             break
-    lengths = tuple(sample.length for sample in laid)
-    texts = tuple(show_sample(sample, layout.builder.tokenizer) for sample in _choose_different(laid))
-    notes = Counter(note for sample in laid for note in set(sample.notes))
+    lengths, learnt, visual = ([size[column] for size in sizes] for column in range(3))
+    texts = tuple(show_sample(sample, layout.builder.tokenizer) for sample in examples.choose())
     return Measured(
-        count, lengths, sum(sample.visual_tokens for sample in laid), Spread.of(lengths),
-        Spread.of([sample.learnt for sample in laid]),
-        Spread.of([sample.visual_tokens for sample in laid]), Spread.of(frames), Spread.of(spacing), tuple(too_long),
-        tuple(skipped), texts, times,
-        dict(notes.most_common(_MOST_NOTES)),
+        count, tuple(lengths), sum(visual), Spread.of(lengths), Spread.of(learnt), Spread.of(visual), Spread.of(frames),
+        Spread.of(spacing), tuple(too_long), tuple(skipped), texts, times, dict(notes.most_common(_MOST_NOTES)),
     )  # fmt: skip
 
 
-def _choose_different(laid: Sequence[LaidOut]) -> list[LaidOut]:
-    """A few samples, of different kinds of media as far as there are any."""
-    kinds = [frozenset(medium.kind for medium in sample.sample.media) for sample in laid]
-    first = [place for place, kind in enumerate(kinds) if kind not in kinds[:place]]
-    others = [place for place in range(len(laid)) if place not in first]
-    return [laid[place] for place in sorted((first + others)[:PRINTED])]
+class _Examples:
+    """A few samples, of different kinds of media as far as there are any; no others are kept."""
+
+    def __init__(self) -> None:
+        self._first: dict[frozenset[str], tuple[int, LaidOut]] = {}
+        self._others: list[tuple[int, LaidOut]] = []
+        self._count = 0
+
+    def add(self, sample: LaidOut) -> None:
+        """The next sample that was laid out."""
+        kinds = frozenset(medium.kind for medium in sample.sample.media)
+        if kinds not in self._first:
+            self._first[kinds] = (self._count, sample)
+        elif len(self._others) < PRINTED:
+            self._others.append((self._count, sample))
+        self._count += 1
+
+    def choose(self) -> list[LaidOut]:
+        """At most `PRINTED`, in their order."""
+        chosen = [*self._first.values(), *self._others][:PRINTED]
+        return [sample for _, sample in sorted(chosen, key=lambda entry: entry[0])]
 
 
 def show_sample(laid_out: LaidOut, tokenizer: Tokenizer) -> SampleText:
