@@ -15,37 +15,19 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.errors import is_number
-from keye.files import MARK, output_file
-from keye.units import format_bytes, one_line
+from keye.html_report import STYLE, cut_text, details, facts_table, pick_ticks, to_text, write_html
+from keye.units import format_bytes
 from keye.version import __version__
 
 REPORT_FILE: Final = "report.html"
 #: Points of a curve that are drawn; of more, means.
 _MOST_POINTS: Final = 600
-#: Letters of a text that are shown.
-_MOST_LETTERS: Final = 20_000
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 220, 72, 28, 10
-_STYLE: Final = """
-:root { color-scheme: light dark; --ground: light-dark(#f4f6f6, #101415); --surface: light-dark(#fff, #181e1f);
-  --line: light-dark(#d3dada, #333d3e); --text: light-dark(#17201f, #e8eeed); --soft: light-dark(#4f5d5b, #a7b4b2);
-  --first: light-dark(#0b6b66, #5fd0c6); --second: light-dark(#a3520a, #f0a35e); }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem; background: var(--ground); color: var(--text);
-  font: 0.9rem/1.45 system-ui, "Noto Sans", "PingFang SC", "Microsoft YaHei", sans-serif;
-  font-variant-numeric: tabular-nums; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; background: var(--surface); }
-th, td { border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-caption { text-align: left; color: var(--soft); padding: 0.3rem 0; } tbody th { font-weight: 600; }
-figure { margin: 1.5rem 0 0; } figcaption { font-weight: 600; } figcaption small { color: var(--soft); }
-svg { display: block; width: 100%; height: auto; background: var(--surface); border: 1px solid var(--line); }
-svg path { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke; } svg .grid { stroke: var(--line); }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } svg .stage { stroke: var(--soft); }
-svg .first { stroke: var(--first); } svg .second { stroke: var(--second); } svg circle { stroke-width: 3; fill: none; }
-.first-text { color: var(--first); } .second-text { color: var(--second); }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; } summary { cursor: pointer; }
-:focus-visible { outline: 3px solid var(--first); outline-offset: 2px; } @media print { body { max-width: none; } }
-"""
+_STYLE: Final = (
+    STYLE + "svg .stage { stroke: var(--soft); } .first-text { color: var(--first); } .second-text "
+    "{ color: var(--second); } svg .first { stroke: var(--first); fill: none; } svg .second { stroke: var(--second); "
+    "fill: none; }\n"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,21 +82,12 @@ def write_report(
     """Writes the report. `facts` stand in its first table, `texts` (such as the configuration) folded at its end."""
     charts = [drawn for chart in CHARTS if (drawn := draw_chart(chart, log))]
     parts = [
-        f"<h1>{_text(title)}</h1>", _table("Run", {**facts, "keye": __version__}),
+        f"<h1>{to_text(title)}</h1>", facts_table("Run", {**facts, "keye": __version__}),
         "<h2>Curves</h2>", *(charts or ["<p>The log has no figures yet.</p>"]),
         *(["<h2>Answers before and after</h2>", _samples(samples)] if samples else []),
-        "<h2>Words</h2>", *(_details(name, text) for name, text in (texts or {}).items()),
+        "<h2>Words</h2>", *(details(name, text) for name, text in (texts or {}).items()),
     ]  # fmt: skip
-    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    html = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<!-- {MARK} -->\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
-    )  # fmt: skip
-    with output_file(path) as draft:
-        draft.write_text(html, encoding="utf-8")
+    write_html(path, title, parts, _STYLE)
 
 
 def draw_chart(chart: Chart, log: Sequence[Mapping[str, Any]]) -> str:
@@ -151,34 +124,25 @@ def draw_chart(chart: Chart, log: Sequence[Mapping[str, Any]]) -> str:
         line = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
         alone = f'<circle class="{kind}" cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="2" />'
         marks.append(f'<path class="{kind}" d="M{line}" />' if len(points) > 1 else alone)
-        words.append(
-            f'<small class="{kind}-text">{_text(chart.names[name])}, last {_text(chart.write(points[-1][1]))}</small>'
-        )
+        last_value = to_text(chart.write(points[-1][1]))
+        words.append(f'<small class="{kind}-text">{to_text(chart.names[name])}, last {last_value}</small>')
     label = f"{chart.title} over steps"
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(marks)}</svg>'
-    return f"<figure><figcaption>{_text(chart.title)} {' '.join(words)}</figcaption>\n{svg}</figure>"
+    return f"<figure><figcaption>{to_text(chart.title)} {' '.join(words)}</figcaption>\n{svg}</figure>"
 
 
 def _axis(
     chart: Chart, low: float, high: float, last: int, x: Callable[[float], float], y: Callable[[float], float]
 ) -> str:
     marks = []
-    for value in _ticks(low, high, 4):
+    for value in pick_ticks(low, high, 4):
         marks.append(f'<path class="grid" d="M{_LEFT} {y(value):.1f}H{_WIDTH - 12}" />')
         marks.append(
-            f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_text(chart.write(value))}</text>'
+            f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{to_text(chart.write(value))}</text>'
         )
-    for step in _ticks(0, last, 6):
+    for step in pick_ticks(0, last, 6):
         marks.append(f'<text x="{x(step):.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{step:,.0f}</text>')
     return "".join(marks)
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _count_steps(log: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
@@ -209,22 +173,5 @@ def _samples(samples: Sequence[AnsweredSample]) -> str:
     for sample in samples:
         media = "".join(f"[{name}]\n" for name in sample.media)
         cells = (media + sample.question, sample.expected, sample.before, sample.after)
-        rows += "<tr>" + "".join(f"<td>{_cut('-' if cell is None else cell)}</td>" for cell in cells) + "</tr>"
+        rows += "<tr>" + "".join(f"<td>{cut_text('-' if cell is None else cell)}</td>" for cell in cells) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _table(caption: str, facts: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><th scope=row>{_text(name)}</th><td>{_text(value)}</td></tr>" for name, value in facts.items())
-    return f"<table><caption>{_text(caption)}</caption><tbody>{rows}</tbody></table>"
-
-
-def _details(title: str, text: str) -> str:
-    return f"<details><summary>{_text(title)}</summary><pre>{_cut(text)}</pre></details>"
-
-
-def _cut(text: str) -> str:
-    return escape(text[:_MOST_LETTERS] + (" ..." if len(text) > _MOST_LETTERS else ""))
-
-
-def _text(value: object) -> str:
-    return escape(one_line(str(value)))
