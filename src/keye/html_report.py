@@ -75,7 +75,7 @@ class Series:
 @dataclass(frozen=True)
 class LineChart:
     """Lines over one axis of values from `low` to `high`. `places` are the values of x that get a mark; with
-    `is_logarithmic` the axis of x is. At most six lines are told apart."""
+    `is_logarithmic` that axis is logarithmic. Six lines can be distinguished, more are left out."""
 
     title: str
     x_name: str
