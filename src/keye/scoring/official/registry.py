@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from keye.errors import KeyeError
+from keye.scoring.official.matching import remove_reasoning
 
 Document = Mapping[str, Any]
 Fields = dict[str, Any]
@@ -23,7 +24,11 @@ SetScorer = Callable[[Document, Sequence[tuple[Document, Any]]], Fields]
 #: Kinds that score many predictions at once.
 SET_KINDS: Final = ("aggregate",)
 #: Modules of this package that register scorers.
-_MODULES: Final[tuple[str, ...]] = ()
+_MODULES: Final = ("longvideobench", "mmmu", "multiple_choice")
+#: The release of lmms-eval whose command line removes reasoning before it scores; its Python interface does not.
+_COMMAND_LINE: Final = "lmms-eval-0.7.3"
+#: Kinds that score something else than a reply of the model.
+_OTHER_TEXTS: Final = ("group", "subtitles", "judge_reply", "captioning_judge_reply", "topic_judge_reply")
 
 Scorer = TypeVar("Scorer", bound=Callable[..., Fields])
 
@@ -39,9 +44,24 @@ def register(tasks: str, kind: str, *implementations: str) -> Callable[[Scorer],
                 key = (task, kind, implementation)
                 assert key not in _scorers, f"{key} is registered twice"
                 _scorers[key] = scorer
+                if implementation == _COMMAND_LINE and kind not in _OTHER_TEXTS:
+                    _scorers[task, kind, f"{implementation}-cli"] = _score_without_reasoning(scorer, kind)
         return scorer
 
     return add
+
+
+def _score_without_reasoning(scorer: Callable[..., Fields], kind: str) -> Callable[..., Fields]:
+    def clean(prediction: Any) -> Any:
+        return remove_reasoning(prediction) if isinstance(prediction, str) else prediction
+
+    def score_item(document: Document, prediction: Any) -> Fields:
+        return scorer(document, clean(prediction))
+
+    def score_set(document: Document, items: Sequence[tuple[Document, Any]]) -> Fields:
+        return scorer(document, [(item, clean(prediction)) for item, prediction in items])
+
+    return score_set if kind in SET_KINDS else score_item
 
 
 def find_scorer(task: str, kind: str, implementation: str) -> Callable[..., Fields]:
