@@ -17,7 +17,7 @@ from keye.errors import KeyeError
 from keye.scoring.official.registry import SET_KINDS, find_scorer
 
 TOLERANCE = 1e-6
-#: Remarks of the author of the data, which no implementation returned.
+#: Remarks of the author of the data, that are in no result of an implementation.
 REMARKS = ("note",)
 #: The picks of these depend on the seed of Python's hashes, so that the score alone is compared.
 UNSTABLE = ("mmmu", "lmms-eval-75571cf")
