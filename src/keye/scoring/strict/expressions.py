@@ -39,23 +39,23 @@ _TOKEN = re.compile(r"\d+(?:\.\d*)?|\.\d+|\\?[A-Za-z]+|[-+*/^_(){}\[\]|!%\u00b0,
 
 
 class _Unreadable(Exception):
-    """The text is no expression that this parser knows."""
+    """The text cannot be parsed as an expression."""
 
 
-def match_expressions(said: str, gold: str, *, tolerance: float = 1e-6) -> bool:
+def match_expressions(answer: str, gold: str, *, tolerance: float = 1e-6) -> bool:
     """Whether two answers are the same number, expression, equation, tuple, set or interval.
 
     Numbers agree within `tolerance` (relative). Sets in braces and solutions joined by commas may come in any order.
     Nothing is equal to an empty text.
     """
-    said, gold = _clean(said), _clean(gold)
-    if not said or not gold:
+    answer, gold = _clean(answer), _clean(gold)
+    if not answer or not gold:
         return False
-    if said == gold or said.replace(" ", "").casefold() == gold.replace(" ", "").casefold():
+    if answer == gold or answer.replace(" ", "").casefold() == gold.replace(" ", "").casefold():
         return True
-    if len(said) > _LONGEST or len(gold) > _LONGEST:
+    if len(answer) > _LONGEST or len(gold) > _LONGEST:
         return False
-    ours, theirs = _parts(said), _parts(gold)
+    ours, theirs = _parts(answer), _parts(gold)
     if len(ours.items) != len(theirs.items):
         return False
     if len(ours.items) > 1:

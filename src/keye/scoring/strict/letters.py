@@ -210,9 +210,9 @@ def _read_answer(text: str, options: _Options) -> str | None:
     if letter := options.by_text.get(_key(text)):
         return letter
     if match := _LETTER_AND_TEXT.fullmatch(text):
-        said = options.by_text.get(_key(match[2]))
-        if said is not None:
-            return said if said == match[1].upper() else None
+        stated = options.by_text.get(_key(match[2]))
+        if stated is not None:
+            return stated if stated == match[1].upper() else None
     text = _without_echo(text, options)
     claims = list(_read_claims(text, options))
     if claims:
@@ -381,8 +381,8 @@ def _decide(claims: list[_Claim]) -> str | None:
 def _find_text(text: str, options: _Options) -> str | None:
     """The letter of the only option whose text is in a reply, None where it has several, denies it or refuses."""
     if options.is_yes_no:
-        said = read_yes_no(text)
-        keys = {True: ("yes", "是"), False: ("no", "否"), None: ()}[said]
+        stated = read_yes_no(text)
+        keys = {True: ("yes", "是"), False: ("no", "否"), None: ()}[stated]
         return next((options.by_text[key] for key in keys if key in options.by_text), None)
     words = f" {_key(text)} "
     longest_first = sorted(options.by_text, key=len, reverse=True)

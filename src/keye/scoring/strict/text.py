@@ -43,8 +43,8 @@ def find_answer_text(text: str) -> str | None:
     if cue := max(_CUE.finditer(answer), key=lambda match: match.start(), default=None):
         rest = answer[cue.end() :].lstrip()
         end = _END.search(rest)
-        if said := (rest[: end.start()] if end else rest).strip(" \t\"'`*"):
-            return said
+        if stated := (rest[: end.start()] if end else rest).strip(" \t\"'`*"):
+            return stated
     lines = [line for line in answer.splitlines() if line.strip()]
     return lines[-1].strip() if lines else None
 
@@ -60,30 +60,30 @@ def match_text(text: str, golds: Iterable[str]) -> bool:
     """Whether the short answer of a reply, or all of it, equals a gold answer but for case, articles, punctuation and
     the spelling of numbers. An empty gold answer is never matched."""
     answer = strip_reasoning(text).conclusion
-    said = {normalise_text(candidate) for candidate in (answer, find_answer_text(text)) if candidate}
-    said.discard("")
+    stated = {normalise_text(candidate) for candidate in (answer, find_answer_text(text)) if candidate}
+    stated.discard("")
     for gold in golds:
         key = normalise_text(gold)
         if not key:
             continue
-        if key in said:
+        if key in stated:
             return True
         number = parse_number(gold)
-        if number is not None and any(parse_number(candidate) == number for candidate in said):
+        if number is not None and any(parse_number(candidate) == number for candidate in stated):
             return True
     return False
 
 
 def match_relaxed(text: str, gold: str, *, tolerance: float = 0.05) -> bool:
     """Whether a reply about a chart says the gold answer: numbers may differ by `tolerance` of the gold one, units and
-    percent signs aside; years and everything that is no number must be equal."""
-    said = find_answer_text(text)
-    if said is None or not gold.strip():
+    percent signs aside; years and everything else must be equal."""
+    stated = find_answer_text(text)
+    if stated is None or not gold.strip():
         return False
-    expected, number = parse_number(gold), parse_number(said)
+    expected, number = parse_number(gold), parse_number(stated)
     if expected is None or number is None:
         return match_text(text, [gold])
-    if is_percent(gold) != is_percent(said) and (number == expected * 100 or number * 100 == expected):
+    if is_percent(gold) != is_percent(stated) and (number == expected * 100 or number * 100 == expected):
         return True
     if is_year(gold):
         return number == expected
@@ -115,5 +115,5 @@ def _spaced(text: str) -> str:
 
 def match_formula(text: str, golds: Iterable[str]) -> bool:
     """Whether the short answer of a reply is a gold formula or number, compared as mathematics (`match_expressions`)."""  # noqa: E501
-    said = find_answer_text(text)
-    return said is not None and any(match_expressions(said, gold) for gold in golds if gold.strip())
+    stated = find_answer_text(text)
+    return stated is not None and any(match_expressions(stated, gold) for gold in golds if gold.strip())

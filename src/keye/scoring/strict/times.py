@@ -1,4 +1,4 @@
-"""Times in a reply: clock times, numbers with units, bare numbers, each in seconds, and what of them is no time.
+"""Times in a reply: clock times, numbers with units, bare numbers, each in seconds, and what of them means something else.
 
 Counts ("3 people"), numbers of frames and events, dates, lengths ("60 seconds long") and shares of confidence are left
 out. Linear in the text's length: every repetition is bounded.
@@ -145,7 +145,7 @@ def _spell_han(numeral: str) -> str:
 def _resolve_comma(match: re.Match[str], text: str, duration: float | None) -> str:
     """A number with commas as thousands, as a decimal, or as several numbers."""
     number = match[0]
-    whole, *groups = number.partition(".")[0].split(",")
+    head, *groups = number.partition(".")[0].split(",")
     before, after = text[max(0, match.start() - 12) : match.start()], text[match.end() : match.end() + 16]
     apart = number.replace(",", ", ")
     if before[-1:] in tuple("[(<{") and after[:1] in tuple("])>}"):
@@ -154,7 +154,7 @@ def _resolve_comma(match: re.Match[str], text: str, duration: float | None) -> s
     if not is_linked:
         return apart if "." not in number or len(groups[0]) != 3 else number.replace(",", "")
     thousands = number.replace(",", "")
-    if all(len(group) == 3 for group in groups) and len(whole) <= 3 and whole != "0":
+    if all(len(group) == 3 for group in groups) and len(head) <= 3 and head != "0":
         if duration is None or float(thousands) <= duration * 1.1 or "." in number or len(groups) > 1:
             return thousands
         return number.replace(",", ".")
@@ -226,9 +226,9 @@ def _is_time(text: str, match: re.Match[str], time: Time) -> bool:
 
 def _without_aliases(text: str, times: list[Time]) -> list[Time]:
     """ "01:35 (95.6 s)" is one time, the more exact of both."""
-    kept: list[Time] = []
+    remaining: list[Time] = []
     for time in times:
-        previous = kept[-1] if kept else None
+        previous = remaining[-1] if remaining else None
         between = text[previous.end : time.start] if previous else ""
         if (
             previous
@@ -237,7 +237,7 @@ def _without_aliases(text: str, times: list[Time]) -> list[Time]:
         ):
             exact = time if time.seconds % 1 else previous
             close = time.end + 1 if text[time.end : time.end + 1] in tuple(")]") else time.end
-            kept[-1] = replace(exact, start=previous.start, end=close, is_clear=True, is_bare=False, scale=1.0)
+            remaining[-1] = replace(exact, start=previous.start, end=close, is_clear=True, is_bare=False, scale=1.0)
         else:
-            kept.append(time)
-    return kept
+            remaining.append(time)
+    return remaining

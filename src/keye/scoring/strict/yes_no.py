@@ -38,14 +38,14 @@ def read_yes_no(text: str) -> bool | None:
     text = to_plain(text)
     cues = list(_CUE.finditer(text))
     if cues:
-        said = {match["yes"] is not None for match in cues}
-        return said.pop() if len(said) == 1 else cues[-1]["yes"] is not None
+        answer = {match["yes"] is not None for match in cues}
+        return answer.pop() if len(answer) == 1 else cues[-1]["yes"] is not None
     if match := _LEADING.match(text):
         rest = text[match.end() : match.end() + 16]
         if re.match(r"\s*(?:/|or\b|and\b|或)\W*(?:no|yes|否|是)", rest, re.IGNORECASE):
             return None
         return match["yes"] is not None
-    said = {match["yes"] is not None for match in _WORD.finditer(text)}
-    if not said:
-        said = {match["yes"] is not None for match in _CHINESE.finditer(text) if match["neutral"] is None}
-    return said.pop() if len(said) == 1 else None
+    answer = {match["yes"] is not None for match in _WORD.finditer(text)}
+    if not answer:
+        answer = {match["yes"] is not None for match in _CHINESE.finditer(text) if match["neutral"] is None}
+    return answer.pop() if len(answer) == 1 else None
