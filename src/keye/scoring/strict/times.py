@@ -1,4 +1,4 @@
-"""Times in a reply: clock times, numbers with units, bare numbers, each in seconds, and what of them means something else.
+"""Times in a reply: clock times, numbers with units, bare numbers, each in seconds; what of them means something else.
 
 Counts ("3 people"), numbers of frames and events, dates, lengths ("60 seconds long") and shares of confidence are left
 out. Linear in the text's length: every repetition is bounded.
