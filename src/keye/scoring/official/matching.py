@@ -123,3 +123,25 @@ def strip_each(text: str, characters: str) -> str:
     for character in characters:
         text = text.strip(character)
     return text
+
+
+_PUNCTUATION: Final = ';/[]"{}()=+\\_-><@`,?!'
+_COMMA_OF_NUMBER: Final = re.compile(r"\d,\d")
+_FULL_STOP: Final = re.compile(r"\.(?!\d)")
+#: The original passes a flag where the number of replacements belongs: so many full stops go, no more.
+_MAX_FULL_STOPS: Final = int(re.UNICODE)
+
+
+def split_words(text: str) -> list[str]:
+    """Words without marks: a mark next to a space is deleted, any other divides."""
+    deletes_all = _COMMA_OF_NUMBER.search(text) is not None
+    words = text
+    for mark in _PUNCTUATION:
+        is_deleted = deletes_all or f"{mark} " in text or f" {mark}" in text
+        words = words.replace(mark, "" if is_deleted else " ")
+    return _FULL_STOP.sub("", words, count=_MAX_FULL_STOPS).split()
+
+
+def find_word(words: Sequence[str], yes: str, no: str) -> bool | None:
+    """Whether the yes is there without the no; None where both or neither are."""
+    return yes in words if (yes in words) != (no in words) else None

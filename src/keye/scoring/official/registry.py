@@ -24,7 +24,10 @@ SetScorer = Callable[[Document, Sequence[tuple[Document, Any]]], Fields]
 #: Kinds that score many predictions at once.
 SET_KINDS: Final = ("aggregate",)
 #: Modules of this package that register scorers.
-_MODULES: Final = ("calls", "longvideobench", "mmmu", "multiple_choice", "repository_tests")
+_MODULES: Final = tuple(
+    "calls keye_repository longvideobench mathematics mmmu multiple_choice open_answers repository_tests timelens"
+    " videomme_v2 yes_no".split()
+)
 #: The release of lmms-eval whose command line removes reasoning before it scores; its Python interface does not.
 _COMMAND_LINE: Final = "lmms-eval-0.7.3"
 #: Kinds that score something else than a reply of the model.
