@@ -51,7 +51,7 @@ class DataFolder:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """All files below the folder in the order of their names, hidden ones left out."""
-        found: list[Path] = []
+        paths: list[Path] = []
         seen: set[str] = set()
         for folder, names, files in os.walk(self.root, followlinks=True):
             real = os.path.realpath(folder)
@@ -60,10 +60,10 @@ class DataFolder:
                 continue
             seen.add(real)
             names[:] = sorted(name for name in names if not name.startswith("."))
-            found += [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
-            if len(found) > MAX_FILES:
+            paths += [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+            if len(paths) > MAX_FILES:
                 raise KeyeError(f"{self.root} has more than {MAX_FILES:,} files; name the folder of one benchmark")
-        return tuple(found)
+        return tuple(paths)
 
     @cached_property
     def archives(self) -> tuple[Path, ...]:
@@ -95,8 +95,8 @@ class DataFolder:
         A file in the folder `within`, if named, or at that path from the folder; else the file of that name anywhere
         below it, of several the one whose path agrees longest.
         """
-        asked = PurePosixPath(name.replace("\\", "/"))
-        parts = [part for part in asked.parts if part not in ("/", "..", ".")]
+        wanted = PurePosixPath(name.replace("\\", "/"))
+        parts = [part for part in wanted.parts if part not in ("/", "..", ".")]
         for base in (self.root / within, self.root) if parts else ():
             path = base.joinpath(*parts)
             if path.is_file():
@@ -137,10 +137,26 @@ class DataFolder:
         return str(path)
 
 
-def _agreement(parts: Sequence[str], asked: Sequence[str]) -> int:
+class NoFolder(DataFolder):
+    """Stands in where rows are read without their media, which keep their names."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/"))
+
+    def tables(self, patterns: Sequence[str]) -> list[Path]:
+        return []
+
+    def locate(self, name: str, endings: Sequence[str] = VIDEOS, within: str = "") -> str:
+        return name
+
+    def picture(self, value: object) -> str:
+        return ""
+
+
+def _agreement(parts: Sequence[str], wanted: Sequence[str]) -> int:
     """How many parts two paths share before their last."""
     count = 0
-    for own, other in zip(reversed(parts[:-1]), reversed(asked[:-1]), strict=False):
+    for own, other in zip(reversed(parts[:-1]), reversed(wanted[:-1]), strict=False):
         if own != other:
             break
         count += 1

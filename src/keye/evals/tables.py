@@ -16,7 +16,7 @@ from typing import Any
 
 from keye.data.samples import BadRow, Place
 from keye.errors import KeyeError
-from keye.evals.files import DataFolder, read_rows
+from keye.evals.files import DataFolder, NoFolder, read_rows
 from keye.evals.task import DataReport, EvalItem, Task, TaskSettings
 
 #: Sentences of one kind that a report shows.
@@ -38,14 +38,18 @@ class TableTask(Task):
 
     @abstractmethod
     def items(self, row: Mapping[str, Any], folder: DataFolder, settings: TaskSettings) -> Iterable[EvalItem]:
-        """The questions of a row, most often one. The row has the columns of a layout."""
+        """The questions of a row, most often one. The row has the columns of a layout, and its number as `_row`."""
+
+    def adapt(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row of another program's table of predictions under the names of the public data."""
+        return row
 
     def read(self, folder: Path, settings: TaskSettings) -> Iterator[EvalItem]:
         """The items in the order of the tables."""
         data = DataFolder(folder, settings.scratch)
         seen: Counter[str] = Counter()
-        for place, row in read_rows(self.find_tables(data)):
-            for item in self._items(place, row, data, settings):
+        for number, (place, row) in enumerate(read_rows(self.find_tables(data))):
+            for item in self._items(place, row, number, data, settings):
                 seen[item.id] += 1
                 yield item if seen[item.id] == 1 else replace(item, id=f"{item.id}#{seen[item.id]}")
 
@@ -58,15 +62,19 @@ class TableTask(Task):
             f"download {self.source} and name its folder"
         )
 
+    def item_of(self, row: Mapping[str, Any], number: int) -> EvalItem:
+        """The item of a row of the public data or of another program's table of predictions."""
+        return self._items(f"row {number + 1}", self.adapt(row), number, NoFolder(), TaskSettings())[0]
+
     def _items(
-        self, place: Place, row: Mapping[str, Any] | BadRow, data: DataFolder, settings: TaskSettings
+        self, place: Place | str, row: Mapping[str, Any] | BadRow, number: int, data: DataFolder, settings: TaskSettings
     ) -> list[EvalItem]:
         if isinstance(row, BadRow):
             raise KeyeError(f"{place}: {row}")
         if missing := self.missing_fields(row):
             raise KeyeError(f"{place} lacks {', '.join(missing)}, which rows of {self.title} have: another version?")
         try:
-            return list(self.items(row, data, settings))
+            return list(self.items({**row, "_row": number}, data, settings))
         except KeyeError as error:
             raise KeyeError(f"{place}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -100,7 +108,7 @@ class TableTask(Task):
                     fields.update(dict.fromkeys(missing))
                     continue
                 try:
-                    items = self._items(place, row, data, TaskSettings())
+                    items = self._items(place, row, rows - 1, data, TaskSettings())
                 except KeyeError as error:
                     faults.append(str(error))
                     continue

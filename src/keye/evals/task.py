@@ -6,8 +6,8 @@ official scorers by name, and the rule of its headline metric.
     items = list(task.read(folder, TaskSettings()))
     score = task.score(items[0].document, "The event happens in 3.0 - 7.5 seconds.")
 
-A user's task is a subclass of `Task` with `read` and `score`; it is named by `FILE.py:NAME`, or by the entry point of an
-installed package (group `keye.tasks`). Knows no model, no server and no files of a particular benchmark.
+A user's task is a subclass of `Task` with `read` and `score`; it is named by `FILE.py:NAME`, or by the entry point of
+an installed package (group `keye.tasks`). Knows no model, no server and no files of a particular benchmark.
 """
 
 from __future__ import annotations
@@ -24,17 +24,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from keye.errors import KeyeError, brief, closest
+from keye.evals.published import DIMENSIONS
 from keye.scoring.official.registry import Document, find_scorer, list_implementations
 
 GROUP: Final = "keye.tasks"
 STRICT: Final = "strict"
-#: The capabilities under which a report gathers tasks.
-DIMENSIONS: Final = (
-    "video understanding", "temporal grounding", "STEM and reasoning", "general perception", "OCR and documents",
-    "hallucination and counting", "text and agents",
-)  # fmt: skip
 #: Modules of `keye.evals.tasks` that have `TASKS`.
-_MODULES: Final = ("grounding", "video_choices")
+_MODULES: Final[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,9 @@ class EvalItem:
 
 @dataclass(frozen=True)
 class ItemScore:
-    """What a scorer says of one reply. `score` is 0 to 1; `extracted` the answer that it read, None where it read none;
-    `random` says that the original draws an option at random, `judge_needed` that it would ask a judge (both score 0)."""
+    """What a scorer says of one reply. `score` is 0 to 1; `extracted` is the answer that it read, None for none.
+    `random` says that the original draws an option at random, `judge_needed` that it would ask a judge: both score 0
+    points."""
 
     score: float
     extracted: Any = None
@@ -87,7 +84,7 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """An item with its reply and score. `prediction` is None where there is no reply, and `error` says why."""
+    """An item with its reply and score. `prediction` is None where no reply came, and `error` says why."""
 
     item: EvalItem
     prediction: str | None
@@ -150,6 +147,7 @@ class Task(ABC):
     source: id of the data on the Hugging Face hub. licence, gate: of the data; the gate says what must be accepted.
     official: implementations that score it, the one of the reports first. scored_as, kind: its name and kind among the
     official scorers. available: why it cannot be run yet, None where it can. metric: name of the headline metric.
+    max_tokens: the longest reply by default.
     """
 
     name: str
@@ -165,6 +163,7 @@ class Task(ABC):
     kind: str = "item"
     available: str | None = None
     metric: str = "accuracy"
+    max_tokens: int = 1024
 
     @abstractmethod
     def read(self, folder: Path, settings: TaskSettings) -> Iterator[EvalItem]:
@@ -173,6 +172,11 @@ class Task(ABC):
     @abstractmethod
     def score(self, document: Document, prediction: str) -> ItemScore:
         """The strict score of a reply."""
+
+    def item_of(self, row: Mapping[str, Any], number: int) -> EvalItem:
+        """The item of a row of the public data, or of a table of predictions that others made, without its media;
+        `number` is the row's, from 0 on. `KeyeError` names the fields that it lacks."""
+        raise KeyeError(f"{self.title} cannot be read from tables of predictions; give a file that keye wrote")
 
     def check(self, folder: Path) -> DataReport:
         """What is missing. A task without files of its own has nothing to check."""
