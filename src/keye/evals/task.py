@@ -30,7 +30,7 @@ from keye.scoring.official.registry import Document, find_scorer, list_implement
 GROUP: Final = "keye.tasks"
 STRICT: Final = "strict"
 #: Modules of `keye.evals.tasks` that have `TASKS`.
-_MODULES: Final = ("grounding", "video_choices")
+_MODULES: Final = ("generated", "grounding", "video_choices")
 
 
 @dataclass(frozen=True)
