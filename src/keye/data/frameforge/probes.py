@@ -119,8 +119,8 @@ def _group(clip: Clip, rng: random.Random, things: Sequence[SceneObject], struct
         return [_starts(clip, a), _starts(clip, b), order, _when(clip, first)]
     kind = rng.choice(("ground", "start", "presence"))
     if kind == "presence":
-        asked = [_there(a), _there(b), *(_absent(pair) for pair in absent_pairs(clip, rng, 2)[:2])]
-        return rng.sample(asked, len(asked))
+        questions = [_there(a), _there(b), *(_absent(pair) for pair in absent_pairs(clip, rng, 2)[:2])]
+        return rng.sample(questions, len(questions))
     return [_when(clip, thing) if kind == "ground" else _starts(clip, thing) for thing in things]
 
 

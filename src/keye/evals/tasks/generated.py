@@ -87,8 +87,8 @@ class GeneratedTask(Task):
             is_near = number is not None and abs(number - float(answer.split()[0])) <= TOLERANCE
             return ItemScore(float(is_near), number)
         if answer in ("yes", "no"):
-            said = find_yes_no(prediction)
-            return ItemScore(float(said is (answer == "yes")), said)
+            reply = find_yes_no(prediction)
+            return ItemScore(float(reply is (answer == "yes")), reply)
         text = strip_reasoning(prediction).answer
         return ItemScore(float(match_text(text, [answer])), text or None)
 
