@@ -123,7 +123,7 @@ def _call(score: Callable[[], Fields]) -> Fields:
     try:
         return score()
     except (ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+        return {"error": type(error).__name__}
 
 
 @register("videomme_v2", "group", AUTHORS, LMMS, LMMS_OLD)
@@ -160,15 +160,15 @@ def _rate_by_place(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
     points: dict[str, list[float]] = {name: [] for name in ("level_1", "level_2", "level_3")}
     points |= {"relevance_score": [], "relevance_linear_score": [], "logic_score": [], "total": []}
     heads: dict[str, dict[str, list[float]]] = {"second_head": defaultdict(list), "third_head": defaultdict(list)}
-    has_numbers = any(isinstance(record["level"], int | float) for record in records)
+    has_levels = any(record["level"] is not None for record in records)
     for group in groups:
         last, scores = group[-1], [record["score"] for record in group]
         value = _score_group(last["group_type"], last["group_structure"], scores)
         points[f"{last['group_type']}_score"].append(value)
         if last["group_type"] == "relevance":
             points["relevance_linear_score"].append(sum(scores) * 25.0)
-        if last["level"] is None and has_numbers:
-            raise ValueError("cannot convert float NaN to integer")  # a column of numbers has no None
+        if last["level"] is None and has_levels:
+            raise ValueError("cannot convert float NaN to integer")  # None in a column of values is NaN
         if last["level"] is not None and str(last["level"]) != "None":
             points[f"level_{int(last['level'])}"].append(value)
         points["total"].append(value)
@@ -193,6 +193,8 @@ def _rate_by_video(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         values.append(_score_group(first["group_type"], first["group_structure"], [row["score"] for row in rows]))
         types[first["group_type"]].append(values[-1])
         levels[last.get("level")].append(values[-1])
+    for labels in (levels, {row["second_head"] for row in records}, {row["third_head"] for row in records}):
+        sorted(labels)  # TypeError for None among texts or numbers: the original prints a table in this order
     metrics = {"overall_score": _mean(values), "overall_acc": _accuracy(records)}
     for name in ("relevance", "logic"):
         metrics[f"{name}_score"] = _mean(types[name])
