@@ -25,8 +25,8 @@ SetScorer = Callable[[Document, Sequence[tuple[Document, Any]]], Fields]
 SET_KINDS: Final = ("aggregate",)
 #: Modules of this package that register scorers.
 _MODULES: Final = tuple(
-    "calls keye_repository longvideobench mathematics mmmu multiple_choice open_answers repository_tests timelens"
-    " videomme_v2 yes_no".split()
+    "calls instructions keye_repository longvideobench mathematics mmmu multiple_choice open_answers repository_tests"
+    " timelens videomme_v2 yes_no".split()
 )
 #: The release of lmms-eval whose command line removes reasoning before it scores; its Python interface does not.
 _COMMAND_LINE: Final = "lmms-eval-0.7.3"
