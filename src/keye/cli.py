@@ -155,7 +155,7 @@ VERBS = {
     "finetune": ("keye.commands.finetune:finetune", "teach a model from your data, by an adapter or as a whole"),
     "merge": ("keye.commands.merge:merge", "write an adapter into its model, or the average of models"),
     "train": ("keye.commands.train:train", "train a model by the stages of a TOML file"),
-    "eval": ("keye.commands.evaluate:evaluate", "measure a model on questions with known answers"),
+    "eval": ("keye.commands.eval.group:evaluate", "measure a model on benchmarks and generated videos"),
     "doctor": ("keye.commands.doctor:doctor", "check this machine and this installation"),
 }
 

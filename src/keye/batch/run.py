@@ -156,13 +156,19 @@ class _WorkerState:
 
 
 class Batch:
-    """One run over a manifest. `progress` is called with what is done and how much there is."""
+    """One run over a manifest. `progress` is called with what is done and how much there is; `shape` makes the record
+    that is written of the id and the record that a batch writes."""
 
     def __init__(
-        self, workers: Sequence[Worker], journal: Journal, *, progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        workers: Sequence[Worker],
+        journal: Journal,
+        *,
+        progress: Callable[[int, int], None] = lambda *_: None,
+        shape: Callable[[str, dict[str, Any]], dict[str, Any]] = lambda _, record: record,
     ) -> None:
         self._states = [_WorkerState(worker) for worker in workers]
-        self._journal, self._progress = journal, progress
+        self._journal, self._progress, self._shape = journal, progress, shape
         self.report = Report()
         self._left = 0
         self._losses: dict[str, int] = {}
@@ -324,7 +330,7 @@ class Batch:
         return not state.is_dead
 
     def _write(self, line: Item | BadLine, record: dict[str, Any], answer: Answer | None) -> None:
-        self._journal.append(record)
+        self._journal.append(self._shape(line.id, record))
         self.report.count(record, answer)
         self._left -= isinstance(line, Item)
         self._progress(self.report.skipped + self.report.ok + self.report.errors, self.report.items)
@@ -367,7 +373,8 @@ def record_of_answer(item: Item, answer: Answer, seconds: float, worker: str) ->
 
 def record_of_error(line: Item | BadLine, message: str, code: str) -> dict[str, Any]:
     """The record of an item that was never answered."""
-    error = {"code": code, "message": f"line {line.line}: {message}"}
+    place = f"line {line.line}: " if line.line else ""  # 0: no line of a file
+    error = {"code": code, "message": f"{place}{message}"}
     if isinstance(line, Item) and line.openai:
         return _openai_record(line, None, error)
     return {"id": line.id, "line_digest": line.digest, "error": error}

@@ -13,6 +13,7 @@ from keye.commands.shared import options
 from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
+    from keye.api import Keye
     from keye.batch.manifest import BadLine, Item
     from keye.batch.workers import Worker
     from keye.media.processor import Decoder
@@ -126,8 +127,11 @@ def defaults_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return defaults
 
 
-def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[Worker]:
-    """The workers; engines in other processes are not started yet."""
+def open_workers(
+    arguments: Mapping[str, Any], decoder: Decoder | None, *, loaded: Keye | None = None, key: str | None = None
+) -> list[Worker]:
+    """The workers; engines in other processes are not started yet. The engine of this process has the model `loaded`,
+    by default that of the arguments; servers get `key`, by default that of the environment."""
     from keye.commands.shared import inputs
     from keye.config.environment import api_key
 
@@ -141,7 +145,12 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
         seconds = arguments["timeout"] or kinds.ANSWER_SECONDS
         return [
             kinds.ServerWorker(
-                url, model=arguments["model"], key=api_key(), slots=slots, tries=arguments["tries"], seconds=seconds
+                url,
+                model=arguments["model"],
+                key=key or api_key(),
+                slots=slots,
+                tries=arguments["tries"],
+                seconds=seconds,
             )
             for url in urls
         ]
@@ -151,7 +160,7 @@ def open_workers(arguments: Mapping[str, Any], decoder: Decoder | None) -> list[
         raise missing_package(error.name, "keye batch", "serve") from None
     named = {**arguments, "model": arguments["model"] or "nano"}
     if arguments["ray"] is None and arguments["workers"] is None:
-        model = inputs.load_model(named, decoder=decoder)
+        model = loaded or inputs.load_model(named, decoder=decoder)
         app = local_app(model, slots, allow_private=allow_private)
         return [kinds.EngineWorker(app, slots=slots)]
     settings = options.engine_settings(named)

@@ -1,4 +1,4 @@
-"""`keye eval`: a model's scores on questions with known answers."""
+"""`keye eval frameforge` and `keye eval needle`: a model's scores on generated videos."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import click
 from keye.commands.shared import options
 
 
-@click.group(name="eval", context_settings=options.CONTEXT)
-def evaluate() -> None:
-    """Measure a model on questions with known answers."""
-
-
-@evaluate.command(context_settings=options.CONTEXT)
+@click.command(context_settings=options.CONTEXT)
 @click.option("--split", type=click.Choice(["test", "unseen"]), default="test", show_default=True,
               help="unseen: combinations and words that no training clip shows.")  # fmt: skip
 @click.option("--frames", default="16-32", show_default=True, metavar="A-B", help="Fewest and most frames of a clip.")
@@ -58,7 +53,7 @@ def frameforge(
         print_report(result)
 
 
-@evaluate.command(context_settings=options.CONTEXT)
+@click.command(context_settings=options.CONTEXT)
 @click.option("--split", type=click.Choice(["test", "unseen"]), default="test", show_default=True,
               help="unseen: combinations that no training clip shows.")  # fmt: skip
 @click.option("--films", type=int, default=2, show_default=True, help="Number of films.")

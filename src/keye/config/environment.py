@@ -53,6 +53,13 @@ def api_key() -> str | None:
     return os.environ.get("KEYE_API_KEY") or None
 
 
+def named_key(name: str) -> str:
+    """The key in the environment variable of this name, which the user gives instead of the key itself."""
+    if not (value := os.environ.get(name)):
+        raise ConfigError(f"the environment variable {name!r} is not set: set it to the key of the server")
+    return value
+
+
 def transcribe_key() -> str | None:
     """KEYE_TRANSCRIBE_KEY, the key that the transcription service asks for."""
     return os.environ.get("KEYE_TRANSCRIBE_KEY") or None
@@ -106,3 +113,9 @@ def library_folder() -> Path:
     """Where a user's library is: KEYE_LIBRARY, or `keye/library` in XDG_DATA_HOME."""
     data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(os.environ.get("KEYE_LIBRARY") or os.path.join(data, "keye", "library")).expanduser()
+
+
+def eval_folder() -> Path:
+    """Where the data of benchmarks are looked for: KEYE_EVAL_DATA, or `keye/evals` in XDG_DATA_HOME."""
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(os.environ.get("KEYE_EVAL_DATA") or os.path.join(data, "keye", "evals")).expanduser()

@@ -1,0 +1,1 @@
+"""`keye eval`: benchmarks, results and comparisons; one module for each verb."""

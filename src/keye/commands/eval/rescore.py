@@ -1,0 +1,52 @@
+"""`keye eval rescore`: scores predictions that others made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from keye.commands.shared import options
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("file", type=options.PATH)
+@click.option("--task", "name", required=True, metavar="NAME", help="The task that the predictions answer.")
+@click.option("--scorer", "scorers", multiple=True, metavar="NAME",
+              help="strict, or an official scorer; may be repeated.  [default: all of the task]")  # fmt: skip
+@click.option(
+    "--data",
+    type=options.PATH,
+    metavar="DIR",
+    help="The task's data: for files whose rows lack the answers, and to count items without a prediction.",
+)
+@click.option("-o", "--output", type=options.PATH, metavar="DIR", help="Also write result and scores to this folder.")
+@options.as_json
+@options.debug
+def rescore(
+    file: Path, name: str, scorers: tuple[str, ...], data: Path | None, output: Path | None, as_json: bool
+) -> int:
+    """Score the predictions in FILE: samples of lmms-eval (.jsonl), a table of VLMEvalKit (.xlsx, .tsv), other JSON
+    lines with id and prediction, or predictions.jsonl of keye eval.
+
+    \b
+    keye eval rescore samples_mlvu.jsonl --task mlvu --scorer lmms-eval-0.7.3 --scorer strict
+    keye eval rescore Model_Video-MME.xlsx --task videomme --data ~/data/Video-MME
+    """
+    from keye.commands.eval.show import print_results
+    from keye.commands.shared import inputs, show
+    from keye.evals.rescore import rescore as score_file
+    from keye.evals.run import data_folder
+    from keye.evals.task import find_task
+
+    task = find_task(name)
+    folder = None if data is None else data_folder(task, data)
+    place = None if output is None else output / task.name
+    result = score_file(file, task, list(scorers or task.scorers), folder=folder, output=place)
+    if as_json:
+        show.print_json(result)
+    else:
+        print_results([result])
+        if result["withheld"]:
+            inputs.note(f"no score: {result['withheld']}")
+    return 0 if result["complete"] else 2

@@ -1,0 +1,152 @@
+"""`keye eval list` and `keye eval prepare`: the tasks, and whether their data are here and complete."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.table import Table
+
+from keye.commands.shared import options
+from keye.errors import KeyeError
+
+if TYPE_CHECKING:
+    from keye.evals.task import Task
+
+
+@click.command("list", context_settings=options.CONTEXT)
+@click.option("--data", type=options.PATH, metavar="DIR",
+              help="Where data are looked for.  [default: KEYE_EVAL_DATA, ~/.local/share/keye/evals]")  # fmt: skip
+@options.as_json
+@options.debug
+def list_tasks(data: Path | None, as_json: bool) -> None:
+    """List the tasks: what each measures, where its data come from, their licence and gate, and whether they are here.
+
+    \b
+    keye eval list --data ~/data
+    """
+    from keye.commands.shared import show
+    from keye.config.environment import eval_folder
+    from keye.evals.task import list_tasks as known_tasks
+
+    rows = [_describe(task, data or eval_folder()) for task in known_tasks()]
+    if as_json:
+        show.print_json({"tasks": rows})
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("task", "measures", "source", "licence", "data"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        licence = f"{row['licence']}; {row['gate']}" if row["gate"] else row["licence"]
+        table.add_row(row["name"], row["measures"], row["source"], licence, row["available"] or row["state"])
+    show.stdout().print(table)
+
+
+def _describe(task: Task, root: Path) -> dict[str, Any]:
+    return {
+        "name": task.name, "title": task.title, "measures": task.measures, "media": task.media, "source": task.source,
+        "licence": task.licence, "gate": task.gate, "dimension": task.dimension, "scorers": list(task.scorers),
+        "available": task.available, "state": _state(task, root),
+    }  # fmt: skip
+
+
+def _state(task: Task, root: Path) -> str:
+    """Whether the data are here: "complete", "not here", or the first thing that is wrong."""
+    from keye.evals.run import data_folder
+
+    folder = data_folder(task, root)
+    if task.source and (not folder.is_dir() or folder == root):
+        return "not here"
+    report = task.check(folder)
+    if report.is_complete:
+        return "complete"
+    return report.problems[0] if report.problems else f"{len(report.missing_media):,} media missing"
+
+
+@click.command(context_settings=options.CONTEXT)
+@click.argument("name", metavar="TASK")
+@click.option("--from", "source", type=options.PATH, metavar="DIR", help="Folder with the public files of the task.")
+@click.option("--decode", "probes", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
+              help="How many media are opened to see whether they decode; 0 opens none.")  # fmt: skip
+@click.option("--download", is_flag=True, help="Fetch the files from the hub into the folder first.")
+@options.as_json
+@options.debug
+def prepare(name: str, source: Path | None, probes: int, download: bool, as_json: bool) -> int:
+    """Check the data of TASK: fields, counts, media that are there and decode. Nothing is fetched without --download.
+
+    \b
+    keye eval prepare timelens_charades --from ~/data/TimeLens-Bench
+    keye eval prepare mlvu --from ~/data/MLVU --download
+    """
+    from keye.commands.shared import inputs, show
+    from keye.config.environment import eval_folder
+    from keye.evals.task import find_task
+
+    task = find_task(name)
+    folder = source or eval_folder() / task.name
+    if download:
+        _download(task, folder)
+    report = task.check(folder)
+    broken = _broken_media(task, folder, probes) if report.is_complete and probes and task.media != "text" else {}
+    data = {**report.to_dict(), "broken_media": broken}
+    if as_json:
+        show.print_json(data)
+    else:
+        _print_report(task, data)
+    is_ready = report.is_complete and not broken
+    if not is_ready:
+        inputs.note(f"{task.name} is not ready in {folder}; its source is {task.source or 'your own'}"
+                    + (f" ({task.gate})" if task.gate else ""))  # fmt: skip
+    return 0 if is_ready else 2
+
+
+def _print_report(task: Task, data: Mapping[str, Any]) -> None:
+    from keye.commands.shared import show
+
+    counts = ", ".join(
+        f"{count:,} {name}" + (f" of {data['expected'][name]:,}" if name in data["expected"] else "")
+        for name, count in data["counts"].items()
+    )
+    show.print_line(f"{task.name} in {data['folder']}: {counts or 'nothing counted'}")
+    if data["missing_fields"]:
+        show.print_line(f"fields that rows lack: {', '.join(data['missing_fields'])}")
+    for sentence in (*data["problems"], *data["notes"]):
+        show.print_line(sentence)
+    for name in data["missing_media"][:20]:
+        show.print_line(f"missing: {name}")
+    if len(data["missing_media"]) > 20:
+        show.print_line(f"and {len(data['missing_media']) - 20:,} more")
+    for name, reason in data["broken_media"].items():
+        show.print_line(f"does not decode: {name} ({reason})")
+    if data["complete"] and not data["broken_media"]:
+        show.print_line("complete")
+
+
+def _broken_media(task: Task, folder: Path, probes: int) -> dict[str, str]:
+    """Those of a sample of media, evenly over the data, that cannot be opened by the decode workers, and why."""
+    from keye.evals.probe import probe_media
+    from keye.evals.task import TaskSettings
+
+    names = list(dict.fromkeys(
+        str(part[part["type"]]) for item in task.read(folder, TaskSettings()) for part in item.content
+        if part["type"] in ("video", "image")
+    ))  # fmt: skip
+    step = max(1, len(names) // probes)
+    return probe_media(names[::step][:probes])
+
+
+def _download(task: Task, folder: Path) -> None:
+    """Fetches the files of the task's repository. `KeyeError` for one that has no repository or is gated."""
+    if not task.source:
+        raise KeyeError(f"{task.name} has no source on the hub: it is read from your own files")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        snapshot_download(task.source, repo_type="dataset", local_dir=folder)
+    except (HfHubHTTPError, OSError) as error:
+        gate = f"; {task.gate}" if task.gate else ""
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise KeyeError(f"{task.source} cannot be fetched ({reason}){gate}: fetch it by hand into {folder}") from None
