@@ -19,21 +19,25 @@ _DEEPEST = 40
 _POINTS = (0.7310585, 1.4142137, 2.2360681)
 _CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": math.inf, "inf": math.inf}
 _FUNCTIONS: Mapping[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "log": cmath.log10, "exp": cmath.exp, "sqrt": cmath.sqrt,  # noqa: E501
-    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "abs": lambda value: complex(abs(value)),
-    "cot": lambda value: 1 / cmath.tan(value), "sec": lambda value: 1 / cmath.cos(value), "csc": lambda value: 1 / cmath.sin(value),  # noqa: E501
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "log": cmath.log10, "exp": cmath.exp,
+    "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan, "sqrt": cmath.sqrt,
+    "abs": lambda value: complex(abs(value)), "cot": lambda value: 1 / cmath.tan(value),
+    "sec": lambda value: 1 / cmath.cos(value), "csc": lambda value: 1 / cmath.sin(value),
 }  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,8}")
 _SIGNS = (
-    ("√", "\\sqrt "), ("\u03c0", "\\pi "), ("∞", "\\infty "), ("\u00b7", "*"), ("⋅", "*"), ("\u00d7", "*"), ("\u00f7", "/"), ("≤", "<="), ("≥", ">="),  # noqa: E501
-    ("\\leq", "<="), ("\\geq", ">="), ("\\le", "<="), ("\\ge", ">="), ("\\cdot", "*"), ("\\times", "*"), ("\\div", "/"), ("\\ast", "*"), ("\\circ", "\u00b0"), ("\\degree", "\u00b0"),  # noqa: E501
-    ("\\%", "%"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\{", "{"), ("\\}", "}"), ("\\cup", "∪"), ("**", "^"),  # noqa: RUF001
+    ("√", "\\sqrt "), ("\u03c0", "\\pi "), ("∞", "\\infty "), ("\u00b7", "*"), ("⋅", "*"), ("\u00d7", "*"),
+    ("\u00f7", "/"), ("≤", "<="), ("≥", ">="), ("\\leq", "<="), ("\\geq", ">="), ("\\le", "<="), ("\\ge", ">="),
+    ("\\cdot", "*"), ("\\times", "*"), ("\\div", "/"), ("\\ast", "*"), ("\\circ", "\u00b0"), ("\\degree", "\u00b0"),
+    ("\\%", "%"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\{", "{"), ("\\}", "}"), ("**", "^"),
 )  # fmt: skip
 _COMMAND = re.compile(r"\\(?:left|right|big|Big|displaystyle|limits|mathrm|text)(?![A-Za-z])")
 _PREFIX = re.compile(r"^[A-Za-z](?:_\{?\w{1,6}\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in|∈)(?!=)\s*")
 _UNITS = re.compile(
-    r"(?<=[\d)}\s])\s*(?:\\[,;! ])*\s*(?:square |cubic )?(?:degrees?|\u00b0[CF]?|units?|cm|mm|km|meters?|metres?|inch(?:es)?|feet|ft|kg|grams?|seconds?|sec|minutes?|min|hours?|hrs?|days?|years?|dollars?|cents?|points?|people|miles?|mph|m/s)(?:\^\{?[23]\}?|/s|\^2)?[. ]*$"  # noqa: E501
+    r"(?<=[\d)}\s])\s*(?:\\[,;! ])*\s*(?:square |cubic )?(?:degrees?|\u00b0[CF]?|units?|cm|mm|km|meters?"
+    r"|metres?|inch(?:es)?|feet|ft|kg|grams?|seconds?|sec|minutes?|min|hours?|hrs?|days?|years?|dollars?"
+    r"|cents?|points?|people|miles?|mph|m/s)(?:\^\{?[23]\}?|/s|\^2)?[. ]*$"
 )
 _TOKEN = re.compile(r"\d+(?:\.\d*)?|\.\d+|\\?[A-Za-z]+|[-+*/^_(){}\[\]|!%\u00b0,=<>]|\S")
 
@@ -55,7 +59,7 @@ def match_expressions(answer: str, gold: str, *, tolerance: float = 1e-6) -> boo
         return True
     if len(answer) > _LONGEST or len(gold) > _LONGEST:
         return False
-    ours, theirs = _parts(answer), _parts(gold)
+    ours, theirs = _Parts(answer), _Parts(gold)
     if len(ours.items) != len(theirs.items):
         return False
     if len(ours.items) > 1:
@@ -94,10 +98,6 @@ class _Parts:
         if len(self.items) == 1 and self.brackets:
             self.items = [f"({self.items[0]})"] if self.brackets != "{}" else self.items
         self.is_ordered = self.brackets not in ("", "{}")
-
-
-def _parts(text: str) -> _Parts:
-    return _Parts(text)
 
 
 def _is_enclosed(text: str) -> bool:

@@ -15,7 +15,8 @@ _DIGITS = (
     r"(?:\d{1,3}(?:,\d{3}){1,6}(?!\d)(?:\.\d{1,15})?|\d{1,18}(?:\.\d{0,15})?|\.\d{1,15})(?:[eE][+-]?\d{1,3}(?!\d))?"
 )
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand|million|billion|trillion|k|mn|bn|m|b)\b)?"
+    rf"(?<![\w.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand"
+    rf"|million|billion|trillion|k|mn|bn|m|b)\b)?"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s?\{?(-?\d{1,12}(?:\.\d{1,9})?)\}?\s?\{?(\d{1,12}(?:\.\d{1,9})?)\}?")
 _SCALES = {
@@ -30,7 +31,9 @@ _SCALES = {
     "trillion": 1e12,
 }
 _CUE = re.compile(
-    r"(?:\b(?:answer|result|total|count|sum|number of [\w ]{1,40}?|value)\b[\"']?\s{0,3}(?:is|are|would be|should be|:|=){1,2}|=|\b(?:in total|altogether|total of)\b[:,]?|(?:答案|结果|总共|一共|共)(?:是|为|有|:)?)\W{0,4}"  # noqa: E501
+    r"(?:\b(?:answer|result|total|count|sum|number of [\w ]{1,40}?|value)\b[\"']?\s{0,3}(?:is|are|would be"
+    r"|should be|:|=){1,2}|=|\b(?:in total|altogether|total of)\b[:,]?|(?:答案|结果|总共|一共|共)(?:是|为"
+    r"|有|:)?)\W{0,4}"
     r"(?:(?:there (?:are|is)|about|approximately|exactly|\$|\\\(|\\\[)\s{0,2})?",
     re.IGNORECASE,
 )

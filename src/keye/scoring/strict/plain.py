@@ -6,9 +6,15 @@ import html
 import re
 import unicodedata
 
-_SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?s>")
+
+def any_of(words: str) -> str:
+    """A pattern of any of the words (or patterns) that spaces divide; an underscore stands for spaces within one."""
+    return "(?:" + "|".join(word.replace("_", r"\s") for word in words.split()) + ")"
+
+
+_SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?s>|\[/?[A-Z]{3,12}\]")
 _HTML = re.compile(
-    r"</?(?:b|i|u|p|em|strong|br|hr|span|div|code|pre|sub|sup|li|ul|ol|td|tr|th|h[1-6]|[a-z][a-z_]{3,24})"
+    r"</?(?:b|i|u|p|em|strong|br|hr|span|div|code|pre|sub|sup|li|ul|ol|td|tr|th|h[1-6]|[a-z][a-z_]{2,24})"
     r"(?:\s[^<>\n]{0,80})?/?>"
 )
 _LATEX_FONT = re.compile(
@@ -19,6 +25,10 @@ _LATEX_SPACE = re.compile(r"\\(?:[,;:! ]|(?:quad|qquad|left|right|displaystyle)(
 _LATEX_MATH = re.compile(r"\\[()\[\]]|\${1,2}")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\ufe0f]")
 _DASHES = str.maketrans("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u2500\u301c", "--------~")
+_TRADITIONAL = str.maketrans(
+    "應選擇項為對錯說認綜終結論確還無與開從間時鐘這個沒屬於總約誤",
+    "应选择项为对错说认综终结论确还无与开从间时钟这个没属于总约误",
+)
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u00b4\u2032", "''\"\"''")
 
 
@@ -37,7 +47,7 @@ def remove_markup(text: str) -> str:
     """The text without special tokens, HTML tags and entities, LaTeX fonts and dollar signs, emphasis of Markdown."""
     if "&" in text:
         text = html.unescape(text).replace("\u00a0", " ")
-    if "<" in text:
+    if "<" in text or "[" in text:
         text = _HTML.sub(" ", _SPECIAL.sub(" ", text))
     if "\\" in text:
         for _ in range(3):  # fonts within fonts
@@ -55,3 +65,8 @@ def remove_markup(text: str) -> str:
 def to_plain(text: str) -> str:
     """`to_ascii_forms` and `remove_markup`."""
     return remove_markup(to_ascii_forms(text))
+
+
+def simplify_han(text: str) -> str:
+    """The text with the traditional characters of words about answers and times as simplified ones."""
+    return text if text.isascii() else text.translate(_TRADITIONAL)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from keye.scoring.strict.plain import to_plain
+from keye.scoring.strict.plain import simplify_han, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 from keye.scoring.strict.times import Time, find_times, spell_digits
 
@@ -18,11 +18,20 @@ Span = tuple[float, float]
 #: Longer replies are read at their ends alone.
 _LONGEST = 20_000
 
-_FILL = r"(?:[\s\"'()\[\]{}<>*_|:=.#]|\bthe\b|\babout\b|\baround\b|\bapprox(?:imately|\.)?|\broughly\b|\bat\b|\bseconds?\b|\bsecs?\b|\bs\b|\bmark\b|\btime\b|\bt\d?\b|\bframes?\b|第|大约|约|秒|钟|\bmins?\b)"  # noqa: E501
-_STRONG = r"(?:-{1,3}|=>|~|\bto\b|\buntil\b|\btill\b|\bthrough\b|\bthru\b|\bup to\b|\bbis\b|\u00e0|\bhasta\b|\bjusqu'\u00e0\b|до|по|\ba\b|\bal\b|\bau\b|到|至|から|부터|\.{2,4})"  # noqa: E501
+_FILL = (
+    r"(?:[\s\"'()\[\]{}<>*_|:=.#]|\bthe\b|\babout\b|\baround\b|\bapprox(?:imately|\.)?|\broughly\b|\bat\b"
+    r"|\bseconds?\b|\bsecs?\b|\bs\b|\bmark\b|\btime\b|\bt\d?\b|\bframes?\b|第|大约|约|秒|钟|\bmins?\b)"
+)
+_STRONG = (
+    r"(?:-{1,3}|=>|~|\bto\b|\buntil\b|\btill\b|\bthrough\b|\bthru\b|\bup to\b|\bbis\b|\u00e0|\bhasta\b"
+    r"|\bjusqu'\u00e0\b|до|по|\ba\b|\bal\b|\bau\b|到|至|から|부터|\.{2,4})"
+)
 _SOFT = r"(?:,|;|/|\band\b|&|和|\u3001|\by\b|\bund\b|\bet\b|)"
 _START = r"(?:start(?:s|ing|ed|_time)?|begin(?:s|ning)?|began|from|onset|开始|起始|从)"
-_END = r"(?:end(?:s|ing|ed|_time)?|finish(?:es|ing|ed)?|stop(?:s|ping|ped)?|until|till|conclud(?:es|ing)|last(?:s|ing)? (?:until|to|till)|over by|结束|终止|到|至)"  # noqa: E501
+_END = (
+    r"(?:end(?:s|ing|ed|_time)?|finish(?:es|ing|ed)?|stop(?:s|ping|ped)?|until|till|conclud(?:es|ing)"
+    r"|last(?:s|ing)? (?:until|to|till)|over by|结束|终止|到|至)"
+)
 _STRONG_LINK = re.compile(rf"{_FILL}{{0,12}}{_STRONG}{_FILL}{{0,12}}>?{_FILL}{{0,6}}", re.IGNORECASE)
 _SOFT_LINK = re.compile(rf"{_FILL}{{0,12}}{_SOFT}{_FILL}{{0,12}}", re.IGNORECASE)
 _LIST_BREAK = re.compile(r"[\])}]\s*,?\s*[\[({]|[;\n].*[\[(]")
@@ -34,34 +43,41 @@ _FINAL = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"\b(?:wait|actually|no,|correction|on second thought|rather|but|instead|let me correct|more precisely)\b|更正|不对|而是",  # noqa: E501
+    r"\b(?:wait|actually|no,|correction|on second thought|rather|but|instead|let me correct|more"
+    r" precisely)\b|更正|不对|而是",
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
     r"(?:\bnot|\bisn't|\bnever|\brather than|\binstead of|不是|并非)\W{0,3}(?:\w{1,12}\W{1,3}){0,3}$", re.IGNORECASE
 )
 _DENIED_AFTER = re.compile(
-    r"[\s\])}s.]{0,4}(?:seconds?\s)?(?:is|are|was|would be|seems|是)?\s?(?:wrong|incorrect|not|too (?:early|late)|false|错|不对)\b",  # noqa: E501
+    r"[\s\])}s.]{0,4}(?:seconds?\s)?(?:is|are|was|would be|seems|是)?\s?(?:wrong|incorrect|not|too"
+    r" (?:early|late)|false|错|不对)\b",
     re.IGNORECASE,
 )
 _TENTATIVE_BEFORE = re.compile(
-    r"\b(?:maybe|perhaps|first guess|first thought|at first|thought|might be|could be|initially|guess|frames?|score)\b[^.;\n]{0,24}$",  # noqa: E501
+    r"\b(?:maybe|perhaps|first guess|first thought|at first|thought|might be|could be|initial(?:ly)?"
+    r"|preliminary|rough(?: estimate)?|guess|frames?|score)\b[^.;\n]{0,24}$",
     re.IGNORECASE,
 )
 _TO_END = re.compile(
-    r"[\s\])}s]{0,4}(?:seconds?\s)?(?:-|~|to|until|till|through|到|至|直到)\s?(?:the\s)?(?:very\s)?(?:end|结束|结尾|最后|末尾)",
+    r"[\s\])}s]{0,4}(?:seconds?\s)?(?:-|~|to|until|till|through|到|至|直到)\s?(?:the\s)?(?:very\s)?(?:end"
+    r"|结束|结尾|最后|末尾)",
     re.IGNORECASE,
 )
 _FROM_START = re.compile(
-    r"(?:(?:the\s)?(?:very\s)?(?:start|beginning|opening)|开头|开始|视频开始)[^.\d\n]{0,24}(?:-|~|to|until|till|through|到|至)\W{0,3}(?:about |around |第)?$",  # noqa: E501
+    r"(?:(?:the\s)?(?:very\s)?(?:start|beginning|opening)|开头|开始|视频开始)[^.\d\n]{0,24}(?:-|~|to|until"
+    r"|till|through|到|至)\W{0,3}(?:about |around |第)?$",
     re.IGNORECASE,
 )
 _ALL = re.compile(
-    r"\b(?:whole|entire|full) (?:video|clip|duration)\b|\bthroughout the (?:whole |entire )?(?:video|clip)|\b(?:beginning|start) to (?:the )?end\b|整个视频|全程",  # noqa: E501
+    r"\b(?:whole|entire|full) (?:video|clip|duration)\b|\bthroughout the (?:whole |entire )?(?:video|clip)"
+    r"|\b(?:beginning|start) to (?:the )?end\b|整个视频|全程",
     re.IGNORECASE,
 )
 _NEVER = re.compile(
-    r"\b(?:does not|doesn't|did not|didn't|never) (?:happen|occur|appear|take place|exist)|\bno such event\b|\bcannot (?:tell|determine|find|see)\b|未出现|没有(?:出现|发生)",  # noqa: E501
+    r"\b(?:does not|doesn't|did not|didn't|never) (?:happen|occur|appear|take place|exist)|\bno such"
+    r" event\b|\bcannot (?:tell|determine|find|see)\b|未出现|没有(?:出现|发生)",
     re.IGNORECASE,
 )
 
@@ -103,7 +119,7 @@ def _read_spans(text: str, duration: float | None) -> list[Span]:
     boxed = find_boxed(text)
     if boxed is not None and any(character.isdecimal() for character in boxed):
         text = boxed
-    text = spell_digits(to_plain(text), duration)
+    text = spell_digits(simplify_han(to_plain(text)), duration)
     times = find_times(text, duration)
     if not times:
         return [(0.0, duration)] if duration is not None and _ALL.search(text) and not _NEVER.search(text) else []
@@ -120,9 +136,9 @@ def _pair(text: str, times: list[Time]) -> list[_Candidate]:
     index = 0
     while index + 1 < len(times):
         first, second = times[index], times[index + 1]
-        rank = _rank(text, first, second)
+        rank = _rank(text, first, second, times[index - 1].end if index else 0)
         following = times[index + 2] if index + 2 < len(times) else None
-        if rank == 1 and following is not None and _rank(text, second, following) > 1:
+        if rank == 1 and following is not None and _rank(text, second, following, first.end) > 1:
             rank = 0
         if rank:
             candidates.append(_Candidate(_span(first, second), first.start, second.end, rank))
@@ -130,15 +146,16 @@ def _pair(text: str, times: list[Time]) -> list[_Candidate]:
     return candidates
 
 
-def _rank(text: str, first: Time, second: Time) -> int:
-    """How clearly two times are a span: 3 linked and clearly times, 2 linked, 1 side by side, 0 not at all."""
+def _rank(text: str, first: Time, second: Time, previous_end: int) -> int:
+    """How clearly two times are a span: 3 linked and clearly times, 2 linked, 1 side by side, 0 not at all. Words
+    before `previous_end` belong to another time."""
     between = text[first.end : second.start]
     if len(between) > 80:
         return 0
     is_clear = first.is_clear or second.is_clear
     if _STRONG_LINK.fullmatch(between):
         return 3 if is_clear else 2
-    if _END_WORD.search(between) and _START_WORD.search(text[max(0, first.start - 40) : first.start]):
+    if _END_WORD.search(between) and _START_WORD.search(text[max(previous_end, first.start - 40) : first.start]):
         return 3
     if _LIST_BREAK.search(between) or not _SOFT_LINK.fullmatch(between):
         return 0

@@ -15,7 +15,8 @@ from keye.scoring.strict.plain import to_ascii_forms, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 
 _CUE = re.compile(
-    r"(?:(?:\b(?:final|correct|short|my|the) )?\b(?:answer|ans|result|response|conclusion)\b(?: to the question)?[\"']?\s{0,3}(?:is|would be|should be|was|:|=|是|为){1,2}"  # noqa: E501
+    r"(?:(?:\b(?:final|correct|short|my|the) )?\b(?:answer|ans|result|response|conclusion)\b(?: to the"
+    r" question)?[\"']?\s{0,3}(?:is|would be|should be|was|:|=|是|为){1,2}"
     r"|(?:答案|结果|结论)[\"']?\s{0,3}(?:是|为|:){1,2})[\s:\"']{0,4}",
     re.IGNORECASE,
 )
@@ -114,6 +115,6 @@ def _spaced(text: str) -> str:
 
 
 def match_formula(text: str, golds: Iterable[str]) -> bool:
-    """Whether the short answer of a reply is a gold formula or number, compared as mathematics (`match_expressions`)."""  # noqa: E501
+    """Whether the short answer of a reply is a gold formula or number, by `match_expressions`."""
     stated = find_answer_text(text)
     return stated is not None and any(match_expressions(stated, gold) for gold in golds if gold.strip())

@@ -18,7 +18,8 @@ _STOP = r"(?![A-Za-z\u00c0-\u024f])"
 _TIME = re.compile(
     r"(?<![\d.])(?:"
     r"(?P<clock>(?:\d{1,3}:){1,3}\d{1,2}(?:[.,]\d{1,6}(?![\d:]))?)(?![\d:])"
-    rf"|(?P<h>{_NUMBER})[ \t-]?{_HOUR}{_STOP}(?:{_JOIN}(?P<hm>{_NUMBER})[ \t-]?{_MINUTE}{_STOP})?(?:{_JOIN}(?P<hs>{_NUMBER})[ \t-]?{_SECOND}{_STOP})?"  # noqa: E501
+    rf"|(?P<h>{_NUMBER})[ \t-]?{_HOUR}{_STOP}(?:{_JOIN}(?P<hm>{_NUMBER})["
+    rf" \t-]?{_MINUTE}{_STOP})?(?:{_JOIN}(?P<hs>{_NUMBER})[ \t-]?{_SECOND}{_STOP})?"
     rf"|(?P<m>{_NUMBER})[ \t-]?{_MINUTE}{_STOP}(?:{_JOIN}(?P<ms>{_NUMBER})[ \t-]?{_SECOND}{_STOP})?"
     rf"|(?P<milli>{_NUMBER})[ \t]?(?:ms|milliseconds?|毫秒){_STOP}"
     rf"|(?P<s>{_NUMBER})[ \t-]?{_SECOND}{_STOP}"
@@ -26,7 +27,10 @@ _TIME = re.compile(
     re.IGNORECASE,
 )
 
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # noqa: E501
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen"
+).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORD_VALUES = {word: value for value, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
 _NUMBER_WORDS = re.compile(
@@ -38,41 +42,55 @@ _HAN = "零\u3007一二两三四五六七八九十百"
 _HAN_UNIT = r"\s?(?:秒|分|小时)"
 _HAN_NUMBER = re.compile(rf"[{_HAN}]{{1,7}}(?={_HAN_UNIT}|\s?[到至~-]\s?第?(?:[{_HAN}]{{1,7}}|\d{{1,6}}){_HAN_UNIT})")
 _HAN_COUNT = re.compile(
-    rf"(?<![\u4e00-\u9fff])[{_HAN}]{{1,7}}(?![\u4e00-\u9fff])|[{_HAN}]{{1,7}}(?=[\u4e2a\u53ea\u4eba\u540d\u4f4d\u6761\u5f20\u8f86\u672c\u6b21\u5757\u68f5\u6735])"
+    rf"(?<![\u4e00-\u9fff])[{_HAN}]{{1,7}}(?![\u4e00-\u9fff])"
+    rf"|[{_HAN}]{{1,7}}(?=[\u4e2a\u53ea\u4eba\u540d\u4f4d\u6761\u5f20\u8f86\u672c\u6b21\u5757\u68f5\u6735])"
 )
 
 _COMMA_NUMBER = re.compile(r"(?<![\d.,:])\d{1,9}(?:,\d{1,3}){1,3}(?![\d,:])(?:\.\d{1,6})?")
-_LINKS = r"-|~|\bto\b|\bthrough\b|\buntil\b|\btill\b|\bbis\b|\u00e0|\ba\b|\bhasta\b|до|с|到|至|\band\b|>"  # noqa: RUF001
+_LINKS = r"-|~|\bto\b|\bthrough\b|\buntil\b|\btill\b|\bbis\b|\u00e0|\ba\b|\bhasta\b|до|\u0441|到|至|\band\b|>"
 _LINK_AFTER = re.compile(rf"\s{{0,2}}(?:(?:s|secs?|seconds?|秒)\b)?\s{{0,2}}(?:{_LINKS})", re.IGNORECASE)
 _LINK_BEFORE = re.compile(rf"(?:{_LINKS})\s{{0,2}}$", re.IGNORECASE)
+_DOTS = re.compile(r"(?<=\d)[ \t]?\.{2,4}[ \t]?(?=\d)")
+_ORDINAL = re.compile(r"(?<![\w.])(\d{1,5})(?:st|nd|rd|th)\b")
 _NO_TIMES = re.compile(
-    r"(?<!\d)\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?!\d)|(?<!\d)\d{1,2}[/.]\d{1,2}[/.]\d{4}(?!\d)|(?<![\d./])\d{1,3}/\d{1,3}(?![\d./])(?! ?s\b)"  # noqa: E501
+    r"(?<!\d)\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?!\d)|(?<!\d)\d{1,2}[/.]\d{1,2}[/.]\d{4}(?!\d)"
+    r"|(?<![\d./])\d{1,3}/\d{1,3}(?![\d./])(?! ?s\b)"
     r"|(?m:^[ \t>*-]{0,6}(?:\d{1,2}[.)]|\(\d{1,2}\))[ \t]{1,3}(?=[^\s\-~,;→>]))"
 )
 #: A unit before the number names it too: "second 12", "t=12.5".
 _TIME_WORDS = frozenset(
-    "from at between to until till and is in on about around approximately roughly approx second seconds sec secs s start starts starting started begin"  # noqa: E501
-    " begins beginning began end ends ending ended finish finishes finishing stop stops stopping time times timestamp timestamps mark t by near after before through thru"  # noqa: E501
-    " up or de von bis a la as happens occurs occurring spans lasts lasting covers ca circa it the of answer interval span range segment moment window"  # noqa: E501
+    "from at between to until till and is in on about around approximately roughly approx second seconds"
+    " sec secs s start starts starting started begin"
+    " begins beginning began end ends ending ended finish finishes finishing stop stops stopping time"
+    " times timestamp timestamps mark t by near after before through thru"
+    " up or de von bis a la as happens occurs occurring spans lasts lasting covers ca circa it the of"
+    " answer interval span range segment moment window"
     " desde hasta du au ab t1 t2 start_time end_time entre und y et e".split()
 )
 _LABEL_BEFORE = re.compile(r"([^\W\d_][\w]{0,24})[ \t]?[#.]?[ \t]?$")
 _COUNT_AFTER = re.compile(r"[ \t-]{1,2}([A-Za-z\u00c0-\u024f]{2,20})\b|[ \t]?([\u4e00-\u9fff\uac00-\ud7af])")
 _WORDS_AFTER = frozenset(
-    "to and until till through thru up as is in at where when while then for from with or bis hasta jusqu up into on the a by of before after -> das das the inclusive of seconds onwards".split()  # noqa: E501
+    (
+        "to and until till through thru up as is in at where when while then for from with or bis hasta jusqu"
+        " up into on the a by of before after the inclusive of seconds onwards"
+    ).split()
 )
-_HAN_AFTER = "到至和秒分之的结开时\u3001\u3002\uff0c处左在事为内부부부부부부부부부부부부부부"
+_HAN_AFTER = "到至和秒分之的结开时、。处左在事为内부"
 _LENGTH_BEFORE = re.compile(
-    r"(?:\blast(?:s|ed|ing)?|\bfor|\bduration(?: of the \w{1,12})?(?: is| of)?|\blength(?: of the \w{1,12})?(?: is| of)?|\btotal(?: of| length)?|\bwithin|\bevery|时长(?:为|是)?|持续(?:了)?|总长(?:为)?|共)"  # noqa: E501
+    r"(?:\blast(?:s|ed|ing)?|\bfor|\bduration(?: of the \w{1,12})?(?: is| of)?|\blength(?: of the"
+    r" \w{1,12})?(?: is| of)?|\btotal(?: of| length)?|\bwithin|\bevery|时长(?:为|是)?|持续(?:了)?"
+    r"|总长(?:为)?|共)"
     r"[\"']?[ \t]{0,2}:?[ \t]{0,2}(?:about |around |approximately |roughly |only |约)?$",
     re.IGNORECASE,
 )
 _LENGTH_AFTER = re.compile(
-    r"[ \t-]{0,2}(?:long\b|video|clip\b|film|footage|recording|movie|in (?:length|total|duration)|later|earlier|apart|长|的视频|之后)",  # noqa: E501
+    r"[ \t-]{0,2}(?:long\b|video|clip\b|film|footage|recording|movie|in (?:length|total|duration)|later"
+    r"|earlier|apart|长|的视频|之后)",
     re.IGNORECASE,
 )
 _SHARE_BEFORE = re.compile(
-    r"(?:confidence|probability|score|iou|certainty|likelihood|fps|year|置信度)[\"']?(?: level)?[ \t]{0,2}(?:is|of|:|=)?[ \t]{0,2}$",  # noqa: E501
+    r"(?:confidence|probability|score|iou|certainty|likelihood|fps|year|置信度)[\"']?(?: level)?["
+    r" \t]{0,2}(?:is|of|:|=)?[ \t]{0,2}$",
     re.IGNORECASE,
 )
 
@@ -95,6 +113,7 @@ def spell_digits(text: str, duration: float | None) -> str:
     """The text with numbers in words as digits, decimal commas as points, thousands without commas, and without dates,
     fractions and marks of lists."""
     text = spell_han(spell_english_numbers(text))
+    text = _ORDINAL.sub(r"\1", _DOTS.sub(" - ", text))
     text = _NO_TIMES.sub(lambda match: " " if match[0].strip() else match[0], text)
     if "," in text:
         text = _COMMA_NUMBER.sub(lambda match: _resolve_comma(match, text, duration), text)
@@ -107,7 +126,7 @@ def spell_english_numbers(text: str) -> str:
 
 
 def spell_han(text: str, *, is_counted: bool = False) -> str:
-    """The text with Chinese numerals before units of time as digits; `is_counted` before measure words too, and alone."""  # noqa: E501
+    """The text with Chinese numerals before units of time as digits, with `is_counted` those of counts too."""
     if text.isascii():
         return text
     return (_HAN_COUNT if is_counted else _HAN_NUMBER).sub(lambda match: _spell_han(match[0]), text)

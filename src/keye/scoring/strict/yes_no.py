@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from keye.scoring.strict.plain import to_plain
+from keye.scoring.strict.plain import simplify_han, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 
 _YES = r"yes|yeah|yep|true|correct|right|certainly|indeed|是的?|对的?|正确|有的?|可以|能|属于|符合|含有"
@@ -15,7 +15,8 @@ _NO = r"no|nope|not|false|incorrect|wrong|否的?|不是的?|不对|错误?的?|
 _EDGE = r"(?:(?<=[\u4e00-\u9fff])|\b|(?=[^\w])|$)"
 _LEADING = re.compile(rf"[\W_]*(?:(?P<no>{_NO})|(?P<yes>{_YES}))(?=[\W_]|$|[\u4e00-\u9fff])", re.IGNORECASE)
 _CUE = re.compile(
-    r"(?:answer|response|result|conclusion|judge?ment|verdict|答案|结论|回答|结果|判断)[\"']?\s{0,3}(?:should be|is|would be|:|=|是|为|应为){1,2}[\W_]*"  # noqa: E501
+    r"(?:answer|response|result|conclusion|judge?ment|verdict|答案|结论|回答|结果"
+    r"|判断)[\"']?\s{0,3}(?:should be|is|would be|:|=|是|为|应为){1,2}[\W_]*"
     rf"(?:(?P<no>{_NO})|(?P<yes>{_YES}))(?=[\W_]|$|[\u4e00-\u9fff])",
     re.IGNORECASE,
 )
@@ -35,7 +36,7 @@ def read_yes_no(text: str) -> bool | None:
     """`find_yes_no` of a text that has no reasoning."""
     if (boxed := find_boxed(text)) is not None:
         text = boxed
-    text = to_plain(text)
+    text = simplify_han(to_plain(text))
     cues = list(_CUE.finditer(text))
     if cues:
         answer = {match["yes"] is not None for match in cues}
