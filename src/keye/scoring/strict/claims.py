@@ -1,7 +1,7 @@
 """What the clauses of a reply say of the letters of options.
 
 A clause says that a letter is the answer (`EXPLICIT`, or `FINAL`), that it is right or fits (`JUDGED`), nothing but the
-letter itself (`ALONE`), that it may be (`HEDGED`), or that it is not: then there is no claim. Knows no options' texts.
+letter itself (`ALONE`), that it may be (`HEDGED`), or denies it and so makes no claim. Knows no options' texts.
 Linear in the text's length: whatever is searched around a letter is cut to some dozen characters.
 """
 
