@@ -38,7 +38,8 @@ class TableTask(Task):
 
     @abstractmethod
     def items(self, row: Mapping[str, Any], folder: DataFolder, settings: TaskSettings) -> Iterable[EvalItem]:
-        """The questions of a row, most often one. The row has the columns of a layout, and its number as `_row`."""
+        """The questions of a row, most often one. The row has the columns of a layout, and its number as `_row`
+        and its file and line as `_place`."""
 
     def adapt(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """A row of another program's table of predictions under the names of the public data."""
@@ -74,7 +75,7 @@ class TableTask(Task):
         if missing := self.missing_fields(row):
             raise KeyeError(f"{place} lacks {', '.join(missing)}, which rows of {self.title} have: another version?")
         try:
-            return list(self.items({**row, "_row": number}, data, settings))
+            return list(self.items({**row, "_row": number, "_place": str(place)}, data, settings))
         except KeyeError as error:
             raise KeyeError(f"{place}: {error}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:

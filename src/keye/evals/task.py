@@ -30,7 +30,10 @@ from keye.scoring.official.registry import Document, find_scorer, list_implement
 GROUP: Final = "keye.tasks"
 STRICT: Final = "strict"
 #: Modules of `keye.evals.tasks` that have `TASKS`.
-_MODULES: Final = ("generated", "grounding", "video_choices")
+_MODULES: Final = (
+    "generated", "grounding", "video_choices", "videomme_v2", "subjects", "tempcompass", "kc_mmbench", "image_choices",
+    "maths", "pictures", "texts",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Task(ABC):
     source: id of the data on the Hugging Face hub. licence, gate: of the data; the gate says what must be accepted.
     official: implementations that score it, the one of the reports first. scored_as, kind: its name and kind among the
     official scorers. available: why it cannot be run yet, None where it can. metric: name of the headline metric.
-    max_tokens: the longest reply by default.
+    max_tokens: the longest reply by default. published_as: the name under which `keye.evals.published` has its scores.
     """
 
     name: str
@@ -164,6 +167,7 @@ class Task(ABC):
     available: str | None = None
     metric: str = "accuracy"
     max_tokens: int = 1024
+    published_as: str = ""
 
     @abstractmethod
     def read(self, folder: Path, settings: TaskSettings) -> Iterator[EvalItem]:
@@ -220,6 +224,12 @@ def split_gold(scored: Sequence[ScoredItem]) -> tuple[list[ScoredItem], tuple[st
 def mean_percent(scored: Sequence[ScoredItem]) -> float | None:
     """The mean score, 0 to 100."""
     return 100 * math.fsum(entry.score for entry in scored) / len(scored) if scored else None
+
+
+def mean_over(scored: Sequence[ScoredItem], label: str) -> float | None:
+    """The unweighted mean of the means of a label's values, 0 to 100; values without items do not count."""
+    means = parts_of(scored).get(label, {})
+    return math.fsum(means.values()) / len(means) if means else None
 
 
 def parts_of(scored: Sequence[ScoredItem]) -> dict[str, dict[str, float]]:
