@@ -6,7 +6,7 @@ import pytest
 
 from keye.errors import KeyeError
 from keye.evals.task import ScoredItem, TaskSettings, find_task, find_tasks, list_tasks
-from tests.evals.layouts import write_parquet, write_video
+from tests.evals.layouts import LAYOUTS, write_parquet, write_table, write_video
 
 
 def read(task, folder, **settings):
@@ -99,3 +99,24 @@ def test_every_task_states_what_it_is():
         assert task.measures, task.name
         assert task.source, task.name
         assert task.licence, task.name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.task} {layout.table}")
+def test_public_layout(layout, tmp_path):
+    write_table(tmp_path / layout.table, layout.rows)
+    items = read(layout.task, tmp_path)
+    task = find_task(layout.task)
+    assert len(items) == len(layout.replies)
+    for item, replies in zip(items, layout.replies, strict=True):
+        assert item.has_gold
+        assert item.content[-1]["text"].strip()
+        for reply, score in replies:
+            assert task.score(item.document, reply).score == pytest.approx(score), reply
+        for scorer in task.scorers:
+            task.score_with(scorer, item.document, replies[0][0])
+    summary = task.summarise(score_all(layout.task, items, [replies[0][0] for replies in layout.replies]))
+    assert summary.value == pytest.approx(layout.headline)
+    report = task.check(tmp_path)
+    assert report.counts["items"] == len(items)
+    assert not report.missing_fields
+    assert all("media files are missing" in problem or "were published" in problem for problem in report.problems)

@@ -30,7 +30,7 @@ class ChoiceTask(TableTask):
 
     def score(self, document: Document, prediction: str) -> ItemScore:
         """1 where the letter that the reply means is the gold one."""
-        letter = find_letter(prediction, read_options(document["options"]))
+        letter = find_letter(prediction, read_options(document.get("options") or document["choices"]))
         return ItemScore(float(letter is not None and letter == gold_letter(document)), letter)
 
     def adapt(self, row: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -116,7 +116,45 @@ def _timelens(part: str, title: str, rows: int | None) -> Grounding:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExtremeWhen(Grounding):
+    """Videos of an hour and more, which come from other benchmarks: they may lie anywhere below the folder."""
+
+    def items(self, row: Mapping[str, Any], folder: DataFolder, settings: TaskSettings) -> Iterable[EvalItem]:
+        """The question of a row."""
+        pair, video, question = read_span(row["correct_interval"]), str(row["video_id"]), str(row["question"])
+        seconds = row.get("video_duration_s")
+        duration = float(seconds) if seconds is not None and is_number(seconds) else None
+        document: dict[str, Any] = {"video": video, "query": question, "span": list(pair) if pair else None}
+        if duration is not None:
+            document["duration"] = duration
+        hours = None if duration is None else int(duration // 3600)
+        labels = {
+            "source": str(row["source_corpus"]),
+            "length": "unknown" if hours is None else f"{hours}-{hours + 1} h" if hours < 3 else "> 3 h",
+        }  # fmt: skip
+        prompt = _PROMPT.format(query=" ".join(question.split()))
+        where = folder.locate(video, within=str(row["source_corpus"]))
+        yield EvalItem(
+            str(row["qid"]), f"{row['source_corpus']}/{video}", (video_part(where), text_part(prompt)), document,
+            labels, has_gold=pair is not None,
+        )  # fmt: skip
+
+
 TASKS = (
+    ExtremeWhen(
+        name="extremewhenbench",
+        title="ExtremeWhenBench",
+        measures="when an event happens in hours of video",
+        source="min1321/extreme-when-bench",
+        licence="Apache-2.0 (task); videos of LVBench, MLVU and Video-MME",
+        media="video",
+        dimension="Video",
+        metric="strict mIoU",
+        rows=2273,
+        tables=(r"[^/]*test[^/]*\.(?:parquet|jsonl?)", r"[^/]*\.(?:parquet|jsonl?)"),
+        layouts=(("qid", "video_id", "source_corpus", "question", "correct_interval"),),
+    ),
     _timelens("charades", "Charades", 3363),
     _timelens("activitynet", "ActivityNet", None),
     _timelens("qvhighlights", "QVHighlights", None),

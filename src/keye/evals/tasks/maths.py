@@ -94,7 +94,8 @@ class MathVista(Maths):
     def score(self, document: Document, prediction: str) -> ItemScore:
         """Numbers are rounded to the precision of the gold one."""
         if document["question_type"] == "multi_choice":
-            return super().score({**document, "answer": document["answer_option"]}, prediction)
+            options = document.get("options") or document["choices"]
+            return super().score({**document, "options": options, "answer": document["answer_option"]}, prediction)
         kind, gold = document["answer_type"], document["answer"]
         if kind in ("integer", "float"):
             number = find_number(prediction)

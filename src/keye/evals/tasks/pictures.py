@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from keye.errors import KeyeError
 from keye.evals.files import DataFolder, parse_list
 from keye.evals.tables import TableTask, image_part, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, TaskSettings, split_gold
@@ -25,8 +27,10 @@ def _golds(answer: object) -> list[str]:
     """Gold answers: one, a list, or a list written as text; empty ones are none."""
     if answer is None:
         return []
-    is_list = isinstance(answer, list) or str(answer).lstrip().startswith("[")
-    values = parse_list(answer, "answer") if is_list else [answer]
+    values = answer if isinstance(answer, list) else [answer]
+    if isinstance(answer, str) and answer.lstrip().startswith("["):
+        with suppress(KeyeError):  # some answers of charts are texts in brackets
+            values = parse_list(answer, "answer")
     return [str(value).strip() for value in values if str(value).strip()]
 
 

@@ -65,18 +65,18 @@ def _score_matching(document: Document, prediction: str) -> ItemScore:
     names = [_plain(name) for name, _, _ in options]
     marks = [mark.upper() for _, mark, _ in options]
     answer = strip_reasoning(prediction).conclusion
-    said = {names.index(_plain(match)) for match in re.findall(r"(?:Sentence|Caption|Option)\s+\w+", answer, re.I)
+    named = {names.index(_plain(match)) for match in re.findall(r"(?:Sentence|Caption|Option)\s+\w+", answer, re.I)
             if _plain(match) in names}  # fmt: skip
-    if len(said) != 1:
+    if len(named) != 1:
         if answer.strip(" .()*").upper() in marks:
-            said = {marks.index(answer.strip(" .()*").upper())}
+            named = {marks.index(answer.strip(" .()*").upper())}
         else:
             letter = find_letter(prediction, texts)
-            said = set() if letter is None else {LETTERS.index(letter)}
+            named = set() if letter is None else {LETTERS.index(letter)}
     gold = _plain(_LINE.sub(r"\3", document["answer"]))
-    if len(said) != 1:
+    if len(named) != 1:
         return ItemScore(0.0)
-    chosen = texts[said.pop()]
+    chosen = texts[named.pop()]
     return ItemScore(float(_plain(chosen) == gold or _plain(chosen) == _plain(document["answer"])), chosen)
 
 
