@@ -48,9 +48,21 @@ def test_rows_of_the_same_video_query_and_span_count_once(implementation: str) -
     assert set(metrics["metrics"].values()) == {50.0}
 
 
-def test_reading_a_long_run_of_digits_takes_linear_time() -> None:
-    text = "1" * 200_000  # quadratic patterns take minutes
-    assert score("timelens", "item", SCRIPT, {"span": [0.0, 1.0]}, text)["extracted"] == []
+@pytest.mark.parametrize(
+    ("task", "kind", "implementation", "document", "unit"),
+    [
+        ("timelens", "item", SCRIPT, {"span": [0.0, 1.0]}, "1"),
+        ("keye_postprocess", "item", "keye-e472844", {}, "<answer>"),
+        ("kcmmbench", "yes_no", "keye-e472844", {"answer": "是"}, "<think>"),
+        ("kcmmbench", "topic_judge_reply", "keye-e472844", {"answer": "是"}, "["),
+        ("mmvu", "item", LMMS, {"question_type": "open-ended", "answer": "O(n)"}, "O("),
+    ],
+)
+def test_long_repetition_is_scored_in_linear_time(
+    task: str, kind: str, implementation: str, document: dict[str, Any], unit: str
+) -> None:
+    # A model in a loop writes this. Patterns that start again at each repetition take minutes for it.
+    assert score(task, kind, implementation, document, unit * 100_000).get("score", 0) == 0
 
 
 def test_missing_question_shifts_groups_by_place_and_raises_in_groups_by_video() -> None:

@@ -5,24 +5,22 @@ Yes and no are looked for as words between spaces: "是的" and "是。" are unk
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
-from keye.scoring.official.matching import find_word, split_words
+from keye.scoring.official.matching import find_blocks, find_word, split_words
 from keye.scoring.official.registry import Document, Fields, register
 
 KEYE: Final = "keye-e472844"
 
 # --- KC-MMBench ---
 
-_THINKING: Final = re.compile(r"<think>.*?</think>", re.DOTALL)
-_BRACKETS: Final = re.compile(r"\[(.*?)\]")
-
 
 @register("kcmmbench", "yes_no", KEYE)
 def score_kc_yes_no(document: Document, prediction: str) -> Fields:
     """The Chinese words count before the English ones."""
-    text = _THINKING.sub("", str(prediction))
+    text = str(prediction)
+    for start, end in reversed(find_blocks(text, "<think>", "</think>")):
+        text = text[:start] + text[end:]
     words = split_words(text)
     answer = find_word(words, "是", "否")
     if answer is None:
@@ -35,7 +33,7 @@ def score_kc_yes_no(document: Document, prediction: str) -> Fields:
 @register("kcmmbench", "topic_judge_reply", KEYE)
 def score_kc_topic_reply(document: Document, prediction: str) -> Fields:
     """A judge's list is right where its characters 是 and 否, also those of other words, are those of the gold."""
-    lists = _BRACKETS.findall(prediction)
+    lists = [line[start + 1 : end - 1] for line in prediction.split("\n") for start, end in find_blocks(line, "[", "]")]
     last = lists[-1] if lists else None
     golds = [word for word in document["answer"].split("_") if word in ("是", "否")]
     is_right = last is not None and [mark for mark in last if mark in "是否"] == golds
@@ -49,7 +47,6 @@ def score_kc_judge_reply(document: Document, prediction: str) -> Fields:
 
 # --- Output ---
 
-_ANSWER: Final = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 #: The second is what the original's second try looks for: its backslash and b became a backspace.
 _BOXES: Final = ("\\boxed{", "\boxed{")
 
@@ -65,10 +62,11 @@ def _strip(text: str) -> str:
     if is_closed:
         text = after.lstrip("\n").strip()
     if "<answer>" in text:
-        answers = _ANSWER.findall(text)
+        answers = find_blocks(text, "<answer>", "</answer>")
         if not answers:
             return text
-        text = answers[-1]
+        start, end = answers[-1]
+        text = text[start:end].removeprefix("<answer>").removesuffix("</answer>")
     for box in _BOXES:
         inner = _take_box(text, box)
         if len(inner) != len(text):

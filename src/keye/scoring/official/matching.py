@@ -132,6 +132,16 @@ _FULL_STOP: Final = re.compile(r"\.(?!\d)")
 _MAX_FULL_STOPS: Final = int(re.UNICODE)
 
 
+def find_blocks(text: str, opening: str, closing: str) -> list[tuple[int, int]]:
+    """Places of what the pattern `opening.*?closing` matches, dots being any character; in linear time."""
+    blocks = []
+    end = 0
+    while (start := text.find(opening, end)) >= 0 and (stop := text.find(closing, start + len(opening))) >= 0:
+        end = stop + len(closing)
+        blocks.append((start, end))
+    return blocks
+
+
 def split_words(text: str) -> list[str]:
     """Words without marks: a mark next to a space is deleted, any other divides."""
     deletes_all = _COMMA_OF_NUMBER.search(text) is not None

@@ -17,7 +17,7 @@ VLMEVALKIT: Final = "vlmevalkit-e8e78f0"
 
 # --- MathVista ---
 
-_QUOTED: Final = re.compile(r'The answer is "(.*)"\.')
+_QUOTE: Final = 'The answer is "'
 _BRACKETED: Final = re.compile(r"\(([a-zA-Z])\)")
 
 
@@ -46,8 +46,16 @@ def _extract_answer(document: Document, text: str, *, quick: bool) -> str | None
             return str(float(text))
     except ValueError:
         pass
-    quoted = _QUOTED.search(text) if quick else None
-    return quoted.group(1) if quoted else None
+    return _find_quoted(text) if quick else None
+
+
+def _find_quoted(text: str) -> str | None:
+    """What stands between 'The answer is "' and the last '".' of the same line; of the first line that has both."""
+    for line in text.split("\n"):
+        _, _, rest = line.partition(_QUOTE)
+        if '".' in rest:
+            return rest.rpartition('".')[0]
+    return None
 
 
 def _normalize_and_compare(document: Document, text: str) -> Fields:

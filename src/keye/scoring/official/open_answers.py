@@ -28,7 +28,7 @@ _SUBJECTS: Final = frozenset(
     "Dentistry Art Literature History Law Economics Management".split()
 )
 _SUPERSCRIPTS: Final = str.maketrans(dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹", (f"^{digit}" for digit in range(10)), strict=True)))
-_ORDER: Final = re.compile(r"O\s*\([^)]+\)", re.IGNORECASE)
+_ORDER: Final = re.compile(r"o\s*\(")
 _NUMBER: Final = re.compile(r"\d+(?:\.\d*)?")
 
 
@@ -73,8 +73,19 @@ def _match_mmvu_text(prediction: str, gold: str) -> bool:
     )
     if 2 <= len(gold_words) <= 5 and all(word in words for word in gold_words if len(word) > 2):
         return True
-    order, gold_order = _ORDER.search(text), _ORDER.search(answer)
-    return bool(order and gold_order and order.group() == gold_order.group())
+    order = _find_order(text)
+    return order is not None and order == _find_order(answer)
+
+
+def _find_order(text: str) -> str | None:
+    """The first `o(...)` of a text in lower case that has something in its brackets."""
+    for match in _ORDER.finditer(text):
+        end = text.find(")", match.end())
+        if end < 0:
+            return None
+        if end > match.end():
+            return text[match.start() : end + 1]
+    return None
 
 
 @register("mmvu", "aggregate", LMMS)
