@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from keye.scoring.strict.claims import ANSWER_NOUN, COPULA, EXPLICIT, HEDGED, Claim, read_claims
-from keye.scoring.strict.plain import any_of, simplify_han, to_ascii_forms, to_plain
+from keye.scoring.strict.plain import any_of, shorten, simplify_han, to_ascii_forms, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 from keye.scoring.strict.yes_no import read_yes_no
 
-#: Of longer replies only the ends are read: an answer stands at the start or at the end.
-_LONGEST = 20_000
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
@@ -78,12 +76,8 @@ def find_letter(text: str, options: Sequence[str]) -> str | None:
         return None
     choices = _read_options(tuple(options))
     if stripped.answer:
-        return _read_answer(_shorten(stripped.answer), choices)
-    return _read_reasoning(_shorten(stripped.reasoning), choices)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}\n{text[-_LONGEST // 2 :]}"
+        return _read_answer(shorten(stripped.answer), choices)
+    return _read_reasoning(shorten(stripped.reasoning), choices)
 
 
 @lru_cache(maxsize=1024)

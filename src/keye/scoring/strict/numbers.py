@@ -15,7 +15,7 @@ _DIGITS = (
     r"(?:\d{1,3}(?:,\d{3}){1,6}(?!\d)(?:\.\d{1,15})?|\d{1,18}(?:\.\d{0,15})?|\.\d{1,15})(?:[eE][+-]?\d{1,3}(?!\d))?"
 )
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand"
+    rf"(?<![A-Za-z0-9_.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand"
     rf"|million|billion|trillion|k|mn|bn|m|b)\b)?"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s?\{?(-?\d{1,12}(?:\.\d{1,9})?)\}?\s?\{?(\d{1,12}(?:\.\d{1,9})?)\}?")

@@ -12,6 +12,8 @@ def any_of(words: str) -> str:
     return "(?:" + "|".join(word.replace("_", r"\s") for word in words.split()) + ")"
 
 
+#: So many characters are read at each end of a long reply.
+_END = 5_000
 _SPECIAL = re.compile(r"<\|[^<>|\n]{1,40}\|>|</?s>|\[/?[A-Z]{3,12}\]")
 _HTML = re.compile(
     r"</?(?:b|i|u|p|em|strong|br|hr|span|div|code|pre|sub|sup|li|ul|ol|td|tr|th|h[1-6]|[a-z][a-z_]{2,24})"
@@ -65,6 +67,11 @@ def remove_markup(text: str) -> str:
 def to_plain(text: str) -> str:
     """`to_ascii_forms` and `remove_markup`."""
     return remove_markup(to_ascii_forms(text))
+
+
+def shorten(text: str) -> str:
+    """Both ends of a long reply: an answer stands at its start or at its end."""
+    return text if len(text) <= 2 * _END else f"{text[:_END]}\n{text[-_END:]}"
 
 
 def simplify_han(text: str) -> str:

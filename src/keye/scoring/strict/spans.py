@@ -10,13 +10,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from keye.scoring.strict.plain import simplify_han, to_plain
+from keye.scoring.strict.plain import shorten, simplify_han, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 from keye.scoring.strict.times import Time, find_times, spell_digits
 
 Span = tuple[float, float]
-#: Longer replies are read at their ends alone.
-_LONGEST = 20_000
 
 _FILL = (
     r"(?:[\s\"'()\[\]{}<>*_|:=.#]|\bthe\b|\babout\b|\baround\b|\bapprox(?:imately|\.)?|\broughly\b|\bat\b"
@@ -114,8 +112,7 @@ def find_spans(text: str, *, duration: float | None = None) -> list[Span]:
 
 
 def _read_spans(text: str, duration: float | None) -> list[Span]:
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]}\n{text[-_LONGEST // 2 :]}"
+    text = shorten(text)
     boxed = find_boxed(text)
     if boxed is not None and any(character.isdecimal() for character in boxed):
         text = boxed

@@ -5,6 +5,7 @@ Knows no question. Linear in the text's length.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -84,7 +85,9 @@ def match_relaxed(text: str, gold: str, *, tolerance: float = 0.05) -> bool:
     expected, number = parse_number(gold), parse_number(stated)
     if expected is None or number is None:
         return match_text(text, [gold])
-    if is_percent(gold) != is_percent(stated) and (number == expected * 100 or number * 100 == expected):
+    if is_percent(gold) != is_percent(stated) and (
+        math.isclose(number, expected * 100) or math.isclose(number * 100, expected)
+    ):
         return True
     if is_year(gold):
         return number == expected
