@@ -48,6 +48,16 @@ def test_rows_of_the_same_video_query_and_span_count_once(implementation: str) -
     assert set(metrics["metrics"].values()) == {50.0}
 
 
+def test_row_without_a_gold_interval_leaves_the_denominator_of_lmms_eval_and_stops_the_script() -> None:
+    empty, full = {"span": None}, {"span": [0.0, 10.0]}
+    assert score("timelens", "item", LMMS, empty, "0 - 10")["iou"] == 0.0
+    assert score("timelens", "item", SCRIPT, empty, "0 - 10")["error"] == "TypeError"
+    assert score("timelens", "item", "timelens-train-5d90c06", empty, "0 - 10")["error"] == "TypeError"
+    items = [(empty, "0 - 10"), (full, "0 - 10")]
+    assert score("timelens", "aggregate", LMMS, {}, items)["metrics"]["mIOU"] == 100.0
+    assert score("timelens", "aggregate", SCRIPT, {}, items) == {"error": "TypeError"}
+
+
 @pytest.mark.parametrize(
     ("task", "kind", "implementation", "document", "unit"),
     [

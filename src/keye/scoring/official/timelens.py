@@ -60,6 +60,7 @@ def _iou(predicted: Span, gold: Span) -> float:
 
 
 def _gold(document: Document) -> Span:
+    """`TypeError` for a row without a gold interval."""
     start, end = document["span"]
     return float(start), float(end)
 
@@ -70,6 +71,8 @@ def _script_iou(document: Document, spans: Sequence[Span]) -> float:
 
 
 def _lmms_iou(document: Document, spans: Sequence[Span]) -> float:
+    if document["span"] is None:
+        return 0.0
     gold = _gold(document)
     if not spans or max(spans[0][1], gold[1]) <= min(spans[0][0], gold[0]):
         return 0.0
@@ -85,8 +88,8 @@ def score_script_item(document: Document, prediction: str) -> Fields:
     spans = _find_spans(prediction, replace_to=False)
     try:
         return {"extracted": _as_lists(spans), "iou": _script_iou(document, spans)}
-    except ZeroDivisionError:
-        return {"extracted": _as_lists(spans), "error": "ZeroDivisionError"}
+    except (ZeroDivisionError, TypeError) as error:
+        return {"extracted": _as_lists(spans), "error": type(error).__name__}
 
 
 @register("timelens", "item", "lmms-eval-0.7.3")
@@ -102,9 +105,12 @@ def score_training_item(document: Document, prediction: str) -> Fields:
     tagged = _TAGGED.match(prediction)
     answer = tagged.group(1) if tagged else prediction
     spans = _find_spans(answer, replace_to=True)
-    is_valid = bool(spans) and spans[0][0] < spans[0][1]
-    reward = _iou(spans[0], _gold(document)) if is_valid else 0
-    return {"answer": answer, "extracted": _as_lists(spans), "reward": reward}
+    fields: Fields = {"answer": answer, "extracted": _as_lists(spans)}
+    if not spans or spans[0][0] >= spans[0][1]:
+        return {**fields, "reward": 0}
+    if document["span"] is None:
+        return {**fields, "error": "TypeError"}
+    return {**fields, "reward": _iou(spans[0], _gold(document))}
 
 
 @register("timelens", "aggregate", "timelens-5d90c06")
@@ -113,13 +119,15 @@ def score_script_set(document: Document, items: Sequence[tuple[Document, Any]]) 
         ious = [_script_iou(row, _find_spans(text, replace_to=False)) for row, text in _merge_rows(items)]
         recalls = {f"R1@{limit}": sum(iou >= limit for iou in ious) * 100 / len(ious) for limit in _THRESHOLDS}
         return {"metrics": {**recalls, "mIoU": sum(ious) * 100 / len(ious)}}
-    except ZeroDivisionError:
-        return {"error": "ZeroDivisionError"}
+    except (ZeroDivisionError, TypeError) as error:
+        return {"error": type(error).__name__}
 
 
 @register("timelens", "aggregate", "lmms-eval-0.7.3")
 def score_lmms_set(document: Document, items: Sequence[tuple[Document, Any]]) -> Fields:
-    ious = [_lmms_iou(row, _find_spans(text, replace_to=False)) for row, text in _merge_rows(items)]
+    """Rows without a gold interval leave the denominator."""
+    rows = [(row, text) for row, text in _merge_rows(items) if row["span"] is not None]
+    ious = [_lmms_iou(row, _find_spans(text, replace_to=False)) for row, text in rows]
     count = max(len(ious), 1)
     recalls = {f"IOU@{int(limit * 10)}": sum(iou >= limit for iou in ious) * 100 / count for limit in _THRESHOLDS}
     return {"metrics": {**recalls, "mIOU": sum(ious) * 100 / count}}
@@ -133,6 +141,6 @@ def _merge_rows(items: Sequence[tuple[Document, Any]]) -> list[tuple[Document, s
     rows: dict[str, tuple[Document, str]] = {}
     for place, (document, prediction) in enumerate(items):
         is_named = "video" in document and "query" in document
-        key = [document["video"], document["query"], list(document["span"])] if is_named else [place]
+        key = [document["video"], document["query"], document["span"]] if is_named else [place]
         rows[json.dumps(key)] = (document, prediction)
     return list(rows.values())
