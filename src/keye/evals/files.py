@@ -18,10 +18,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
+from keye.config.environment import cache_folder
 from keye.data.files.open import open_file
 from keye.data.samples import BadRow, Place
 from keye.errors import KeyeError, brief, missing_package
-from keye.files import complete_file
+from keye.files import output_file, unwritable
 from keye.units import MIB
 
 VIDEOS: Final = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
@@ -40,13 +41,16 @@ _MAGIC: Final = (
 
 
 class DataFolder:
-    """A folder of data. `scratch` takes the pictures that lie inside tables, one file for each different picture."""
+    """A folder of data. `scratch` takes the pictures that lie inside tables, one file for each different picture; by
+    default a folder in it, or one of the user's cache where it cannot be written. With `writes` off they stay where
+    they are and have no path."""
 
-    def __init__(self, root: Path, scratch: Path | None = None) -> None:
+    def __init__(self, root: Path, scratch: Path | None = None, *, writes: bool = True) -> None:
         if not root.is_dir():
             raise KeyeError(f"{root} is not a folder: name the folder that holds the benchmark's data")
-        self.root = root.absolute()
-        self.scratch = (scratch or self.root / SCRATCH).absolute()
+        self.root, self.writes = root.absolute(), writes
+        own = self.root / SCRATCH if os.access(root, os.W_OK) else cache_folder() / "eval-media"
+        self.scratch = (scratch or own).absolute()
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -129,10 +133,15 @@ class DataFolder:
         ending = next((ending for magic, ending in _MAGIC if value.startswith(magic)), None)
         if ending is None or len(value) > MAX_PICTURE:
             raise KeyeError(f"a picture of {len(value):,} bytes is not PNG, JPEG, WebP, GIF or BMP of up to 64 MiB")
+        if not self.writes:
+            return ""
         path = self.scratch / f"{hashlib.sha256(value).hexdigest()[:24]}{ending}"
         if not path.is_file():
-            self.scratch.mkdir(parents=True, exist_ok=True)
-            with complete_file(path) as draft:
+            try:
+                self.scratch.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(self.scratch, error) from None
+            with output_file(path) as draft:
                 draft.write_bytes(value)
         return str(path)
 
@@ -141,7 +150,7 @@ class NoFolder(DataFolder):
     """Stands in where rows are read without their media, which keep their names."""
 
     def __init__(self) -> None:
-        super().__init__(Path("/"))
+        super().__init__(Path("/"), writes=False)
 
     def tables(self, patterns: Sequence[str]) -> list[Path]:
         return []

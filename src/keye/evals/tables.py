@@ -90,7 +90,7 @@ class TableTask(Task):
     def check(self, folder: Path) -> DataReport:
         """What is missing in a folder: tables, columns, rows against the published number, media, answers."""
         try:
-            data = DataFolder(folder)
+            data = DataFolder(folder, writes=False)
             tables = self.find_tables(data)
         except KeyeError as error:
             return DataReport(self.name, str(folder), problems=(str(error),), expected=self._expected())
@@ -153,8 +153,8 @@ def _notes(ids: Counter[str], silent: int) -> tuple[str, ...]:
 
 
 def media_of(item: EvalItem) -> list[str]:
-    """Paths of the media of an item."""
-    return [part[kind] for part in item.content for kind in ("video", "image") if isinstance(part.get(kind), str)]
+    """Paths of the media of an item; those that lie in a table and were not written have none."""
+    return [str(part[kind]) for part in item.content for kind in ("video", "image") if part.get(kind)]
 
 
 def text_part(text: str) -> dict[str, Any]:

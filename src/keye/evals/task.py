@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -261,7 +262,10 @@ def find_tasks(name: str) -> list[Task]:
     """The task of a name, or those of a family: `timelens` stands for all tasks whose names begin with `timelens_`."""
     if ".py:" in name:
         return [_load_file(name)]
-    tasks, plain = _known(), name.lower().replace("-", "_")
+    plain = name.lower().replace("-", "_")
+    if plain in _own():
+        return [_own()[plain]]
+    tasks = _known()
     if plain in tasks:
         return [tasks[plain]]
     family = [task for key, task in sorted(tasks.items()) if key.startswith(f"{plain}_")]
@@ -272,19 +276,26 @@ def find_tasks(name: str) -> list[Task]:
     raise KeyeError(f"{brief(name)} is not a task{hint}")
 
 
-def _known() -> dict[str, Task]:
+@cache
+def _own() -> Mapping[str, Task]:
     tasks: dict[str, Task] = {}
     for module in _MODULES:
         for task in importlib.import_module(f"keye.evals.tasks.{module}").TASKS:
             assert task.name not in tasks and task.dimension in (None, *DIMENSIONS), task.name
             tasks[task.name] = task
+    return tasks
+
+
+def _known() -> dict[str, Task]:
+    """Tasks of keye and of packages; a name of keye's stays keye's."""
+    tasks = dict(_own())
     for point in entry_points(group=GROUP):
         try:
             offered = point.load()
         except Exception as error:  # of the package
             raise KeyeError(f"the task {point.name} cannot be loaded ({error}): see its package") from error
         for task in offered if isinstance(offered, list | tuple) else (offered,):
-            tasks[_check(task, f"the entry point {point.name}").name] = task
+            tasks.setdefault(_check(task, f"the entry point {point.name}").name, task)
     return tasks
 
 

@@ -71,23 +71,30 @@ def _state(task: Task, root: Path) -> str:
 @click.option("--decode", "probes", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
               help="How many media are opened to see whether they decode; 0 opens none.")  # fmt: skip
 @click.option("--download", is_flag=True, help="Fetch the files from the hub into the folder first.")
+@click.option("--unpack", is_flag=True, help="Unpack the archives in the folder, each where it lies.")
 @options.as_json
 @options.debug
-def prepare(name: str, source: Path | None, probes: int, download: bool, as_json: bool) -> int:
+def prepare(name: str, source: Path | None, probes: int, download: bool, unpack: bool, as_json: bool) -> int:
     """Check the data of TASK: fields, counts, media that are there and decode. Nothing is fetched without --download.
 
     \b
     keye eval prepare timelens_charades --from ~/data/TimeLens-Bench
-    keye eval prepare mlvu --from ~/data/MLVU --download
+    keye eval prepare mlvu_dev --from ~/data/MLVU --download --unpack
     """
     from keye.commands.shared import inputs, show
     from keye.config.environment import eval_folder
+    from keye.evals.prepare import unpack_archives
     from keye.evals.task import find_task
+    from keye.units import format_bytes
 
     task = find_task(name)
     folder = source or eval_folder() / task.name
     if download:
         _download(task, folder)
+    if unpack:
+        done = unpack_archives(folder)
+        inputs.note(f"{done.unpacked:,} files ({format_bytes(done.bytes)}) were unpacked, {done.present:,} were there, "
+                    f"{done.left:,} were left")  # fmt: skip
     report = task.check(folder)
     broken = _broken_media(task, folder, probes) if report.is_complete and probes and task.media != "text" else {}
     data = {**report.to_dict(), "broken_media": broken}

@@ -18,6 +18,8 @@ from keye.units import format_bytes
 
 _NEWLINE, _QUOTE = b'\n"'
 _BLANKS: Final = np.frombuffer(b" \t\r\n", np.uint8)
+#: Cells may be as long as rows: tables of benchmarks hold pictures in base64.
+csv.field_size_limit(MAX_ROW)
 #: Columns of a CSV file.
 MAX_COLUMNS: Final = 1000
 
