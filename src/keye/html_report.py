@@ -49,7 +49,8 @@ h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.05rem; margin-top: 2rem; }} h3 {{
 table {{ border-collapse: collapse; width: 100%; background: var(--surface); margin-top: 0.8rem; }}
 th, td {{ border: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; vertical-align: top;
   overflow-wrap: anywhere; white-space: pre-wrap; }}
-td.number, th.number {{ text-align: right; white-space: nowrap; }}
+.wide td, .wide th {{ overflow-wrap: break-word; }} .wide tbody th {{ min-width: 9rem; }}
+td.number {{ text-align: right; white-space: pre; }} th.number {{ text-align: right; }}
 caption {{ text-align: left; color: var(--soft); padding: 0.3rem 0; }} tbody th {{ font-weight: 600; }}
 figure {{ margin: 1.5rem 0 0; }} figcaption {{ font-weight: 600; }} figcaption small {{ color: var(--soft); }}
 svg {{ display: block; width: 100%; height: auto; background: var(--surface); border: 1px solid var(--line); }}
@@ -135,7 +136,7 @@ def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[object]], n
     )
     lines = []
     for row in rows:
-        first, *rest = ("-" if cell is None else to_text(cell) for cell in row)
+        first, *rest = ("-" if cell is None else cut_text(str(cell)) for cell in row)
         cells = "".join(f'<td class="{kind}">{cell}</td>' for kind, cell in zip(kinds[1:], rest, strict=True))
         lines.append(f"<tr><th scope=row>{first}</th>{cells}</tr>")
     return (

@@ -91,10 +91,18 @@ def test_results_of_one_scorer_without_figures_make_a_report(tmp_path: Path) -> 
     assert "Scores with intervals" not in report_of(tmp_path, none)
 
 
-def test_a_comparison_is_shown(tmp_path: Path) -> None:
-    html = report_of(tmp_path, result(), comparisons=[{"a": "dense", "b": "sparse", "difference": -0.5,
-                                                       "interval": [-1.25, 0.25], "items": 200}])  # fmt: skip
-    assert "-1.25 to 0.25" in html and "Paired comparison" in html
+def test_a_paired_comparison_is_shown_with_its_verdict(tmp_path: Path) -> None:
+    pair = {"first": 50.0, "second": 49.5, "difference": -0.5, "interval": [-1.25, 0.25], "first_better": 3,
+            "second_better": 1, "equal": 196}  # fmt: skip
+    comparison = {
+        "task": "mlvu", "first": {"name": "nano"}, "second": {"name": "nano"}, "items": 200, "same_replies": 0.9,
+        "scorers": {"strict": pair, "other": {**pair, "interval": None}}, "kind": "sparse against dense attention",
+        "frames": 64, "margin": 1.0, "verdict": "undecided",
+    }  # fmt: skip
+    html = report_of(tmp_path, result(), comparisons=[comparison])
+    for text in ("-0.50 [-1.25, +0.25]", "no interval", "sparse against dense attention, at most 64 frames",
+                 "90.0 % of the replies", "margin of 1 points: undecided", "200 items in pairs"):  # fmt: skip
+        assert text in html, text
 
 
 def test_published_figures_are_scores_with_a_source() -> None:

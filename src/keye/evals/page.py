@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.evals.faults import find_fault
-from keye.evals.published import DIMENSIONS, Published, find_published
+from keye.evals.published import DIMENSIONS, find_published
 from keye.html_report import DotRow, details, draw_dots, facts_table, figure, table, to_text, write_html
 from keye.version import __version__
 
@@ -34,7 +34,8 @@ def build_report(
     parts = [f"<h1>{to_text(title)}</h1>", *_warnings(results), *charts]
     if results:
         parts += ["<h2>Scores</h2>", _scores(results), *_dots(results), _dimensions(results)]
-    parts += [_comparison(comparison) for comparison in comparisons]
+    if comparisons:
+        parts += ["<h2>Paired comparisons</h2>", *map(_comparison, comparisons)]
     for result in results:
         parts += _section(result)
     parts.append(f"<p>Written by keye {to_text(__version__)}. Figures marked <i class=theirs>theirs</i> are those of "
@@ -83,21 +84,23 @@ def _first_official(result: Result) -> str | None:
 
 
 def _scores(results: Sequence[Result]) -> str:
-    head = ("task", "model", "settings", "items", "strict", "official", "scored as", "unparsed", "judged", "failed",
-            "frames", "prompt tokens", "theirs")  # fmt: skip
+    head = ("task", "items", "strict", "official", "unparsed", "judged", "failed", "frames", "prompt tokens", "theirs")
+    with_model = len({_model(result) for result in results}) > 1
     rows = []
     for result in results:
         scorers, shares, official = result["scorers"], result.get("shares", {}), _first_official(result)
+        facts = [_title(result), _model(result) if with_model else "", _settings(result)]
         rows.append((
-            _title(result), _model(result), _settings(result), f"{result.get('items', 0):,}",
-            _score(scorers[STRICT]) if STRICT in scorers else None, _score(scorers[official]) if official else None,
-            official, _share(shares.get("unparsed")), _share(shares.get("judged")),
+            "\n".join(filter(None, facts)), f"{result.get('items', 0):,}",
+            _score(scorers[STRICT]) if STRICT in scorers else None,
+            f"{_score(scorers[official])}\n{official}" if official else None,
+            _share(shares.get("unparsed")), _share(shares.get("judged")),
             _share(shares.get("failed", 0) + shares.get("missing", 0)), _mean(result.get("frames")),
             _mean((result.get("tokens") or {}).get("prompt")), _theirs(result["task"]),
         ))  # fmt: skip
     caption = ("Points of 100 with intervals of 95 %, clustered by video or picture. Failed items, and those without "
                "an answer that a scorer can read, count as wrong. Theirs: published, not measured here")  # fmt: skip
-    return table(caption, head, rows, numbers=(3, 7, 8, 9, 10, 11))
+    return table(caption, head, rows, numbers=range(1, 9))
 
 
 def _settings(result: Result) -> str:
@@ -115,12 +118,11 @@ def _mean(spread: Any) -> str | None:
 
 
 def _theirs(task: str) -> str | None:
-    best = [entry for entry in find_published(task) if entry.model.startswith("Keye")]
-    return "; ".join(f"{entry.value:g} {_words(entry)}" for entry in best) or None
-
-
-def _words(entry: Published) -> str:
-    return f"({', '.join(part for part in (entry.model, entry.metric, entry.settings) if part)})"
+    """The figures of the newest Keye that has any."""
+    own = [entry for entry in find_published(task) if entry.model.startswith("Keye")]
+    newest = [entry for entry in own if entry.model == own[-1].model]
+    lines = [f"{entry.value:g} ({', '.join(filter(None, (entry.metric, entry.settings)))})" for entry in newest]
+    return "\n".join([f"{own[-1].model}:", *lines]) if own else None
 
 
 def _dots(results: Sequence[Result]) -> Iterator[str]:
@@ -240,11 +242,23 @@ def _flat(values: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _comparison(comparison: Mapping[str, Any]) -> str:
-    """A paired comparison: its plain values in a table."""
-    plain = {name: value for name, value in comparison.items() if isinstance(value, str | int | float | bool)}
-    pairs = {name: f"{value[0]:.2f} to {value[1]:.2f}" for name, value in comparison.items() if _is_interval(value)}
-    return facts_table("Paired comparison, item by item", {**plain, **pairs})
-
-
-def _is_interval(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(end, int | float) for end in value)
+    """A paired comparison of `keye.evals.compare`."""
+    first, second = (_model({"model": comparison.get(side)}) for side in ("first", "second"))
+    kind = comparison.get("kind") or (f"{second} against {first}" if first != second else "second against first run")
+    frames = f", at most {comparison['frames']:,} frames" if comparison.get("frames") else ""
+    rows = []
+    for name, figures in comparison.get("scorers", {}).items():
+        interval = figures.get("interval")
+        between = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else " (no interval: a single cluster)"
+        rows.append((
+            name, f"{figures['first']:.2f}", f"{figures['second']:.2f}", f"{figures['difference']:+.2f}{between}",
+            figures["first_better"], figures["second_better"], figures["equal"],
+        ))  # fmt: skip
+    head = ("scorer", "first", "second", "difference", "first better", "second better", "equal")
+    facts = [f"{comparison.get('items', 0):,} items in pairs"]
+    if comparison.get("same_replies") is not None:
+        facts.append(f"{_share(comparison['same_replies'])} of the replies are equal letter by letter")
+    if comparison.get("verdict"):
+        facts.append(f"verdict with a margin of {comparison['margin']:g} points: {comparison['verdict']}")
+    caption = f"{comparison.get('task', '')}: {kind}{frames}; {'; '.join(facts)}"
+    return table(caption, head, rows, numbers=range(1, 7))
