@@ -55,9 +55,14 @@ class Grid:
         if not self.margin > 0:
             raise KeyeError(f"margin is {self.margin:g}; give points above 0")
 
+    @property
+    def counts(self) -> Sequence[int | None]:
+        """The numbers of frames from few to many, or None alone."""
+        return sorted(self.frames) or (None,)
+
     def points(self) -> Iterator[tuple[str | None, int | None]]:
         """All combinations, the cheap ones first."""
-        for count in sorted(self.frames) or [None]:
+        for count in self.counts:
             for attention in self.attention:
                 yield attention, count
 
@@ -77,8 +82,8 @@ def run_curve(
         result = run_task(task, folder, chosen, output / name, options)
         results.append(result)
         points.append(measure_point(output / name / task.name, result, attention, count))
-    pairs = [pair for count in sorted(grid.frames) or [None]
-             if (pair := _compare_attention(task, grid, count, output)) is not None]  # fmt: skip
+    compared = (_compare_attention(task, grid, count, output) for count in grid.counts)
+    pairs = [pair for pair in compared if pair is not None]
     curve = {
         "format": FORMAT, "task": task.name, "title": task.title, "model": results[0].get("model"),
         "margin": grid.margin, "complete": all(result["complete"] for result in results), "points": points,

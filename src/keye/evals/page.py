@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.evals.faults import find_fault
-from keye.evals.published import DIMENSIONS, find_published
+from keye.evals.published import DIMENSIONS, Published, find_published
 from keye.html_report import DotRow, details, draw_dots, facts_table, figure, table, to_text, write_html
 from keye.version import __version__
 
@@ -96,7 +96,7 @@ def _scores(results: Sequence[Result]) -> str:
             f"{_score(scorers[official])}\n{official}" if official else None,
             _share(shares.get("unparsed")), _share(shares.get("judged")),
             _share(shares.get("failed", 0) + shares.get("missing", 0)), _mean(result.get("frames")),
-            _mean((result.get("tokens") or {}).get("prompt")), _theirs(result["task"]),
+            _mean((result.get("tokens") or {}).get("prompt")), _theirs(result),
         ))  # fmt: skip
     caption = ("Points of 100 with intervals of 95 %, clustered by video or picture. Failed items, and those without "
                "an answer that a scorer can read, count as wrong. Theirs: published, not measured here")  # fmt: skip
@@ -117,12 +117,18 @@ def _mean(spread: Any) -> str | None:
     return f"{spread['mean']:,.0f}" if isinstance(spread, Mapping) and "mean" in spread else None
 
 
-def _theirs(task: str) -> str | None:
+def _theirs(result: Result) -> str | None:
     """The figures of the newest Keye that has any."""
-    own = [entry for entry in find_published(task) if entry.model.startswith("Keye")]
+    own = [entry for entry in _published(result) if entry.model.startswith("Keye")]
     newest = [entry for entry in own if entry.model == own[-1].model]
     lines = [f"{entry.value:g} ({', '.join(filter(None, (entry.metric, entry.settings)))})" for entry in newest]
     return "\n".join([f"{own[-1].model}:", *lines]) if own else None
+
+
+def _published(result: Result) -> list[Published]:
+    """The figures that the result carries, or those known now of one that carries none."""
+    carried = result.get("published")
+    return find_published(result["task"]) if carried is None else [Published(**entry) for entry in carried]
 
 
 def _dots(results: Sequence[Result]) -> Iterator[str]:
@@ -134,7 +140,7 @@ def _dots(results: Sequence[Result]) -> Iterator[str]:
             if figures and figures.get("value") is not None:
                 interval = figures.get("interval")
                 ours[place] = (figures["value"], (interval[0], interval[1]) if interval else None)
-        theirs = [(f"{entry.model}, {entry.source}", entry.value) for entry in find_published(result["task"])]
+        theirs = [(f"{entry.model}, {entry.source}", entry.value) for entry in _published(result)]
         if ours:
             rows.append(DotRow(str(result["task"]), ours, theirs))
     if rows:
@@ -177,7 +183,7 @@ def _section(result: Result) -> Iterator[str]:
     if result.get("errors"):
         errors = [(error.get("message"), error.get("count"), error.get("item")) for error in result["errors"]]
         yield table("Errors, the most frequent ones", ("error", "items", "an item"), errors, numbers=(1,))
-    if published := find_published(result["task"]):
+    if published := _published(result):
         head = ("model", "score", "metric", "settings", "source", "note")
         theirs = [(row.model, f"{row.value:g}", row.metric, row.settings, row.source, row.note) for row in published]
         yield table("Theirs: published scores", head, theirs, numbers=(1,))

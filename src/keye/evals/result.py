@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import keye.scoring
 from keye.errors import KeyeError
+from keye.evals.published import find_published
 from keye.evals.settings import digest_of
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, Task
 from keye.files import complete_file
@@ -110,6 +111,7 @@ def build_result(
             "unparsed": _share(_unparsed(scored.get(STRICT, ())), total), "judged": _share(judged, total),
             "reasoning_apart": _share(sum(bool(reply.reasoning) for reply in replies), total),
         },
+        "published": [entry.to_dict() for entry in find_published(task.published_as or task.name)],
         "errors": _errors(items, replies),
         "frames": spread(_usages(replies, "frames")),
         "tokens": {name: spread(_usages(replies, name)) for name in ("prompt", "media", "reply", "reasoning")},

@@ -14,6 +14,7 @@ VERBS: Final = {
     "run": ("keye.commands.eval.run:run", "ask a model the questions of tasks and score it (what TASK... stands for)"),
     "list": ("keye.commands.eval.tasks:list_tasks", "list the tasks, where their data come from, and what is here"),
     "prepare": ("keye.commands.eval.tasks:prepare", "check the data of a task; --download fetches them"),
+    "curve": ("keye.commands.eval.curve:curve", "scores over frames, and sparse against dense attention"),
     "compare": ("keye.commands.eval.compare:compare", "compare two results item by item"),
     "rescore": ("keye.commands.eval.rescore:rescore", "score predictions that others made"),
     "frameforge": ("keye.commands.evaluate:frameforge", "generated videos whose answers are known exactly"),
