@@ -111,11 +111,11 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
     if arguments["key"] is not None and not arguments["servers"]:
         raise KeyeError("--key is for servers: give it with --server")
     chosen = {task.name: task for name in tasks for task in find_tasks(name)}
-    settings = _settings(arguments)
+    settings = settings_of(arguments)
     root = data or eval_folder()
     results = []
     with inputs.open_decoder(arguments["decode"]) as decoder:
-        workers = _Workers(arguments, decoder)
+        workers = TaskWorkers(arguments, decoder)
         model, judge = workers.facts(), _judge(arguments)
         for task in chosen.values():
             with show.progress_bar(task.name, notes=True) as advance:
@@ -131,7 +131,7 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
     return _note_incomplete(results, output)
 
 
-def _settings(arguments: Mapping[str, Any]) -> RunSettings:
+def settings_of(arguments: Mapping[str, Any]) -> RunSettings:
     from keye.evals.settings import RunSettings
 
     prompt = {name: True for name in ("subtitles", "reasoning") if arguments[name]}
@@ -160,7 +160,7 @@ def _note_incomplete(results: Sequence[Mapping[str, Any]], output: Path) -> int:
     return 2 if incomplete else 0
 
 
-class _Workers:
+class TaskWorkers:
     """Makes the workers of each task; a model of this process is loaded once, when it is first needed."""
 
     def __init__(self, arguments: Mapping[str, Any], decoder: Decoder | None) -> None:
