@@ -4,8 +4,10 @@ with, or by the fields that the rows themselves have."""
 from __future__ import annotations
 
 import ast
+import gc
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +16,19 @@ from keye.errors import KeyeError
 from keye.evals.predictions import Layout, Prediction, read_predictions
 from keye.evals.result import MISSING, Reply
 from keye.evals.run import score_run
-from keye.evals.task import STRICT, EvalItem, Task, TaskSettings
+from keye.evals.task import EvalItem, Task, TaskSettings
+from keye.units import listed
 
 #: Other names of fields that documents have, and columns of options.
 _OPTIONS: Final = ("candidates", "choices", "option")
 _ANSWERS: Final = ("gt_answer", "target", "gt", "gold", "ground_truth", "label")
 _LETTERS: Final = "ABCDEFGHIJ"
+#: Fields by which rows about one video or picture are known.
+_CLUSTERS: Final = (
+    "cluster", "videoID", "video_id", "video_name", "video", "video_path", "image_path", "image_id", "image",
+)  # fmt: skip
+#: Share of equal gold answers from which on two files are of the same data: formats of a few may differ.
+_SAME_GOLDS: Final = 0.9
 #: Longest list that is read from a cell, in characters.
 _MOST_LITERAL: Final = 100_000
 
@@ -34,34 +43,77 @@ def rescore(
     for scorer in scorers:
         if scorer not in task.scorers:
             raise KeyeError(f"{scorer!r} does not score {task.name}: scorers are {', '.join(task.scorers)}")
+    with _collector_off():
+        return _rescore(path, task, scorers, folder, settings or TaskSettings(), output)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Rows are plain data without cycles, and many: the collector would walk them again and again, for a quarter of the
+    time that all takes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _rescore(
+    path: Path, task: Task, scorers: Sequence[str], folder: Path | None, settings: TaskSettings, output: Path | None
+) -> dict[str, Any]:
     layout, rows = read_predictions(path)
+    predictions = list(rows)
     if folder is None:
-        predictions = list(rows)
-        items, joined = [_item_of(task, row, layout, path) for row in predictions], "rows"
+        items, joined = _items_of(task, predictions, layout), "rows"
         replies = [_reply_of(row) for row in predictions]
         _check_twice(items, path)
-        _try_scorers(task, items, replies, scorers, path)
     else:
-        items = list(task.read(folder, settings or TaskSettings()))
-        replies, joined = _match(path, items, list(rows))
+        items = list(task.read(folder, settings))
+        replies, joined = _match(path, items, predictions)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    return score_run(
-        task, items, replies, folder=output, scorers=scorers, model=None, settings=None,
-        source={"file": path.name, "layout": layout, "matched_by": joined},
-    )  # fmt: skip
+    try:
+        return score_run(
+            task, items, replies, folder=output, scorers=scorers, model=None, settings=None,
+            source={"file": path.name, "layout": layout, "matched_by": joined},
+        )  # fmt: skip
+    except (LookupError, TypeError, AttributeError) as error:  # a scorer reads what the rows do not have
+        if folder is not None:
+            raise
+        lacking = repr(error.args[0]) if isinstance(error, KeyError) else "a field of the kind"
+        raise KeyeError(
+            f"rows of {path} lack {lacking}, which scorers of {task.name} read (they have "
+            f"{_named(items[0].document)}): name the task's data with --data"
+        ) from None
 
 
-def _item_of(task: Task, row: Prediction, layout: Layout, path: Path) -> EvalItem:
-    """The item of a row: what keye wrote as it stands, any other as the task reads rows of its own data."""
-    if layout != "keye":
-        try:
-            item = task.item_of(complete_document(row.document), row.number)
-        except KeyeError as error:
-            raise KeyeError(f"row {row.number + 1} of {path}: {error}") from None
-        return replace(item, id=row.id or item.id)
+def _items_of(task: Task, rows: Sequence[Prediction], layout: Layout) -> list[EvalItem]:
+    """The rows as items: those of keye as they stand, others as the task reads rows of its own data or, where they lack
+    some of its columns, by the fields that they have."""
+    if layout == "keye":
+        return [
+            EvalItem(name := row.id or str(row.number), row.cluster or name, (), row.document, row.labels)
+            for row in rows
+        ]
+    documents = [complete_document(row.document) for row in rows]
+    try:
+        items = [task.item_of(document, row.number) for row, document in zip(rows, documents, strict=True)]
+        return [replace(item, id=row.id or item.id) for item, row in zip(items, rows, strict=True)]
+    except KeyeError:
+        return [_plain_item(row, document) for row, document in zip(rows, documents, strict=True)]
+
+
+def _plain_item(row: Prediction, document: Mapping[str, Any]) -> EvalItem:
     name = row.id or str(row.number)
-    return EvalItem(name, row.cluster or name, (), row.document, row.labels)
+    cluster = next((str(document[name]) for name in _CLUSTERS if document.get(name) not in (None, "")), None)
+    return EvalItem(name, cluster or name, (), document, has_gold=document.get("answer", True) not in (None, ""))
+
+
+def _named(document: Mapping[str, Any]) -> str:
+    names = [str(name)[:40] for name in document if name != "doc_id"]
+    return listed(names, 8) if names else "none"
 
 
 def complete_document(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,68 +150,71 @@ def _check_twice(items: Iterable[EvalItem], path: Path) -> None:
         raise KeyeError(f"{path} has {len(twice):,} ids twice, such as {twice[0][:80]!r}: keep one row of each")
 
 
-def _try_scorers(
-    task: Task, items: Sequence[EvalItem], replies: Sequence[Reply], scorers: Sequence[str], path: Path
-) -> None:
-    """Scores the first row, to name the field that rows lack before all are scored."""
-    for item, reply in zip(items, replies, strict=True):
-        if reply.prediction is not None:
-            for scorer in scorers or (STRICT,):
-                try:
-                    task.score_with(scorer, item.document, reply.prediction)
-                except LookupError as error:
-                    known = ", ".join(list(item.document)[:8]) or "none"
-                    lacking = error.args[0] if error.args else "a field"
-                    raise KeyeError(
-                        f"rows of {path} lack {lacking!r}, which {scorer} of {task.name} reads (they have {known}): "
-                        "name the task's data with --data"
-                    ) from None
-            return
-
-
 def _match(path: Path, items: Sequence[EvalItem], rows: Sequence[Prediction]) -> tuple[list[Reply], str]:
-    """The reply of each item, and by what the rows were matched: their ids, or their place in the data."""
-    ids = {item.id for item in items}
-    by_id = [row.id for row in rows if row.id in ids]
-    if by_id and len(by_id) * 2 >= len(rows):
-        named, joined = [row.id for row in rows], "id"
+    """The reply of each item, and by what the rows were matched: their ids, or their places in the data."""
+    ids = {item.id: number for number, item in enumerate(items)}
+    known = sum(row.id in ids for row in rows)
+    if known and known * 2 >= len(rows):
+        places, joined = [ids.get(row.id or "", -1) for row in rows], "id"
+        _check_golds(path, items, rows, places)
     else:
-        numbers = [_place_of(row) for row in rows]
-        named = [items[number].id if 0 <= number < len(items) else None for number in numbers]
-        joined = "place in the data"
-        _check_golds(path, items, rows, numbers)
-    unknown = sum(name not in ids for name in named)
+        places, joined = _places(path, items, rows), "place in the data"
+    unknown = sum(not 0 <= place < len(items) for place in places)
     if unknown:
         raise KeyeError(f"{unknown:,} of {len(rows):,} rows of {path} belong to no item of the data: name its own data")
-    counts = Counter(named)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise KeyeError(f"{path} has {len(twice):,} items twice, such as {str(twice[0])[:80]!r}: keep one row of each")
-    replies = {name: _reply_of(row) for name, row in zip(named, rows, strict=True)}
-    return [replies.get(item.id, MISSING) for item in items], joined
+    twice = [place for place, count in Counter(places).items() if count > 1]
+    if twice:
+        name = items[twice[0]].id[:80]
+        raise KeyeError(f"{path} has {len(twice):,} items twice, such as {name!r}: keep one row of each")
+    replies = {place: _reply_of(row) for place, row in zip(places, rows, strict=True)}
+    return [replies.get(number, MISSING) for number in range(len(items))], joined
+
+
+def _places(path: Path, items: Sequence[EvalItem], rows: Sequence[Prediction]) -> list[int]:
+    """The place of each row in the data: as the row numbers itself, from 0 or from 1, or as it stands in the file; the
+    first whose gold answers are those of the data."""
+    numbers = [_number_of(row) for row in rows]
+    if all(number is None for number in numbers):
+        numbers = [row.number for row in rows]
+    own = [-1 if number is None else number for number in numbers]
+    for places in (own, [number - 1 for number in own], [row.number for row in rows]):
+        if all(0 <= place < len(items) for place in places) and _share_of_golds(items, rows, places) >= _SAME_GOLDS:
+            return places
+    _check_golds(path, items, rows, own)
+    return own
+
+
+def _number_of(row: Prediction) -> int | None:
+    for name in ("doc_id", "index"):
+        value = row.document.get(name)
+        if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal() and len(value) < 12):
+            return int(value)
+    return None
 
 
 def _reply_of(row: Prediction) -> Reply:
     return Reply(row.text) if row.text is not None else Reply(error=row.error or "no prediction")
 
 
-def _place_of(row: Prediction) -> int:
-    for name in ("doc_id", "index"):
-        value = row.document.get(name)
-        if isinstance(value, int) or (isinstance(value, str) and value.isdecimal() and len(value) < 12):
-            return int(value)
-    return row.number
-
-
-def _check_golds(path: Path, items: Sequence[EvalItem], rows: Sequence[Prediction], numbers: Sequence[int]) -> None:
-    """`KeyeError` where the gold answers in the file are others than those of the items at the same places."""
+def _share_of_golds(items: Sequence[EvalItem], rows: Sequence[Prediction], places: Sequence[int]) -> float:
+    """Of the rows that have a gold answer, the share in which it is that of the item; 1 where none has."""
     pairs = [
-        (str(row.document["answer"]).strip(), str(items[number].document["answer"]).strip())
-        for row, number in zip(rows, numbers, strict=True)
-        if 0 <= number < len(items) and "answer" in row.document and "answer" in items[number].document
+        (_plain(row.document["answer"]), _plain(items[place].document["answer"]))
+        for row, place in zip(rows, places, strict=True)
+        if 0 <= place < len(items) and "answer" in row.document and "answer" in items[place].document
     ]
-    equal = sum(ours == theirs for ours, theirs in pairs)
-    if pairs and equal < 0.9 * len(pairs):
+    return sum(ours == theirs for ours, theirs in pairs) / len(pairs) if pairs else 1.0
+
+
+def _plain(value: object) -> str:
+    return str(value).strip().casefold()
+
+
+def _check_golds(path: Path, items: Sequence[EvalItem], rows: Sequence[Prediction], places: Sequence[int]) -> None:
+    """`KeyeError` where the gold answers in the file are others than those of the items."""
+    share = _share_of_golds(items, rows, places)
+    if share < _SAME_GOLDS:
         raise KeyeError(
-            f"gold answers in {path} and in the data agree in {equal:,} of {len(pairs):,} rows: the file is of other "
+            f"gold answers in {path} and in the data agree in {share:.0%} of the rows: the file is of other "
             "data, or in another order"
         )

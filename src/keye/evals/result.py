@@ -92,8 +92,7 @@ def build_result(
     missing = sum(reply.missing for reply in replies)
     withheld = _withheld(total, failed, missing)
     digests = {
-        "prompts": digest_of((item.id, item.system, [_text_of(part) for part in item.content]) for item in items),
-        "data": digest_of((item.id, item.document) for item in items),
+        "prompts": None, "data": digest_of((item.id, item.document) for item in items),
         "plans": digest_of(plans) if (plans := sorted(set(_usages(replies, "plan")))) else None,
         "scorers": scorer_digest(), "keye": __version__,
     }  # fmt: skip
@@ -231,11 +230,6 @@ def _errors(items: Sequence[EvalItem], replies: Sequence[Reply], most: int = 5) 
 def _unnumbered(message: str) -> str:
     """A message without the numbers and names that differ from item to item."""
     return re.sub(r"\S*[/\d]\S*", "#", message)[:200]
-
-
-def _text_of(part: Mapping[str, Any]) -> object:
-    """What of a content part belongs to the prompt: media by their kind, since their names depend on the machine."""
-    return part.get("text") if part.get("type") == "text" else part.get("type")
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from keye.errors import KeyeError, Option
 from keye.evals.judge import Judge, judge_items
 from keye.evals.predictions import write_predictions
 from keye.evals.result import JUDGED, MISSING, Reply, build_result, score_items, write_result
-from keye.evals.settings import RunSettings, build_lines, missing_media
+from keye.evals.settings import RunSettings, build_lines, digest_prompts, missing_media
 from keye.evals.task import EvalItem, Task, TaskSettings
 from keye.files import complete_file
 from keye.units import listed
@@ -100,13 +100,13 @@ def run_task(task: Task, folder: Path, settings: RunSettings, output: Path, opti
                 raise
             stopped = str(error)
     replies = read_replies(place / PREDICTIONS_NAME)
-    result = score_run(
+    return score_run(
         task, items, [replies.get(item.id, MISSING) for item in items], judge=options.judge, folder=place,
-        model=options.model.to_dict(), settings=settings.to_dict(), digests={"weights": options.model.weights},
+        model=options.model.to_dict(), settings=settings.to_dict(),
+        digests={"prompts": digest_prompts(items), "weights": options.model.weights},
         seconds=round(time.monotonic() - begin, 3), asked=batch.report.ok + batch.report.errors,
         items_per_second=round(batch.report.items_per_second, 3), stopped=stopped,
     )  # fmt: skip
-    return result
 
 
 def score_run(

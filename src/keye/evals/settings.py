@@ -128,3 +128,11 @@ def digest_of(values: Iterable[object]) -> str:
         total.update(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "replace"))
         total.update(b"\0")
     return total.hexdigest()[:16]
+
+
+def digest_prompts(items: Iterable[EvalItem]) -> str:
+    """A digest of what is asked; media count by their kind, since their names depend on the machine."""
+    return digest_of(
+        (item.id, item.system, [part.get("text") if part["type"] == "text" else part["type"] for part in item.content])
+        for item in items
+    )
