@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -127,3 +129,22 @@ def test_sentences_end_at_marks_but_not_at_abbreviations_and_initials() -> None:
 def test_the_language_of_a_text_does_not_change_from_call_to_call() -> None:
     assert len({detect_language("un bon vin blanc sec") for _ in range(5)}) == 1
     assert detect_language("...") is None
+
+
+def test_without_langdetect_the_language_rules_name_the_extra() -> None:
+    """In a process of its own: the package is loaded once and kept."""
+    lines = (
+        "import sys; sys.modules['langdetect'] = None",
+        "from keye.scoring.official.registry import find_scorer",
+        "document = {'instruction_id_list': [NAME], 'kwargs': [{}]}",
+        "print(find_scorer('ifeval', 'item', 'lmms-eval-0.7.3')(document, 'A'))",
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", "\n".join(lines).replace("NAME", repr(name))], capture_output=True, text=True
+        )
+        for name in ("punctuation:no_comma", "change_case:english_capital")
+    ]
+    assert "'strict': [True]" in runs[0].stdout
+    assert "keye.errors.KeyeError: langdetect is not installed" in runs[1].stderr
+    assert "keye[eval]" in runs[1].stderr

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from keye.errors import KeyeError
 from keye.scoring.official.language import detect_language, split_sentences, split_words
 from keye.scoring.official.registry import Document, Fields, register
 
@@ -43,6 +44,8 @@ def score_instructions(document: Document, prediction: Any) -> Fields:
             strict.append(_follows(checks[-1], [prediction]))
         others = _loosen(prediction)
         loose = [follows or _follows(check, others) for follows, check in zip(strict, checks, strict=True)]
+    except KeyeError:
+        raise  # a package is missing: of ours, not of the original
     except re.error:
         return {"error": "error"}  # its name up to Python 3.12
     except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:

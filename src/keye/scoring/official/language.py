@@ -37,8 +37,8 @@ def _load_detector() -> tuple[Any, type[Exception]]:
     try:
         from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
         from langdetect.lang_detect_exception import LangDetectException
-    except ModuleNotFoundError as error:
-        raise missing_package(error.name, "IFEval's check of a reply's language", "eval") from None
+    except ModuleNotFoundError:
+        raise missing_package("langdetect", "IFEval's check of a reply's language", "eval") from None
     factory = DetectorFactory()
     factory.load_profile(PROFILES_DIRECTORY)
     factory.set_seed(0)
