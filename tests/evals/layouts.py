@@ -64,6 +64,7 @@ MLVU = {"video_name": "needle_1.mp4", "question": "What?\n(A) red\n(B) blue\n(C)
 MMMU = {"question": "See <image 1>. Which?", "options": "['one', 'two']", "answer": "B", "image_1": PICTURE}
 WEMATH = {"option": "A. 3; B. 4; C. 5", "question": "How long?", "answer": "B", "image_path": PICTURE}
 HALLUSION = {"category": "VD", "subcategory": "map", "set_id": "0", "question": "Is it?", "image": PICTURE}
+OCR = {"question": "Read.", "dataset": "x", "question_type": "Doc-oriented VQA", "image": PICTURE}
 EIGHT = "\n".join(f"{letter}. option {letter.lower()}" for letter in "ABCDEFGH")
 
 
@@ -244,8 +245,8 @@ LAYOUTS = [
     Layout("wemath", "testmini.parquet", [*_MASTERED, *_HALF], [*_MASTERED_REPLIES, *_HALF_REPLIES], 75.0),
     Layout(
         "ocrbench", "data/test-00000-of-00001.parquet",
-        [{"question": "Read.", "answer": ["Centre"], "dataset": "x", "question_type": "Handwriting", "image": PICTURE},
-         {"question": "Read.", "answer": ["a"], "dataset": "x", "question_type": "Handwriting", "image": PICTURE}],
+        [{**OCR, "answer": ["Centre"]},
+         {**OCR, "answer": ["a"]}],
         [[("It says CENTRE.", 1.0), ("", 0.0)], [("a", 1.0), ("banana", 0.0)]],
         100.0,
     ),

@@ -6,6 +6,7 @@ import pytest
 
 from keye.errors import KeyeError
 from keye.evals.task import ScoredItem, TaskSettings, find_task, find_tasks, list_tasks
+from keye.scoring.official.registry import list_implementations
 from tests.evals.layouts import LAYOUTS, write_parquet, write_table, write_video
 
 
@@ -114,7 +115,18 @@ def test_public_layout(layout, tmp_path):
             assert task.score(item.document, reply).score == pytest.approx(score), reply
         for scorer in task.scorers:
             task.score_with(scorer, item.document, replies[0][0])
-    summary = task.summarise(score_all(layout.task, items, [replies[0][0] for replies in layout.replies]))
+    replies = [replies[0][0] for replies in layout.replies]
+    for scorer in task.scorers:
+        scores = [task.score_with(scorer, item.document, reply) for item, reply in zip(items, replies, strict=True)]
+        rows = [
+            ScoredItem(item, reply, score.score, score.extracted)
+            for item, reply, score in zip(items, replies, scores, strict=True)
+        ]
+        metrics = task.official_metrics(scorer, rows)
+        has_metrics = scorer in list_implementations(task.scored_as or task.name, "aggregate")
+        assert bool(metrics) == has_metrics, scorer
+        assert task.official_metrics(scorer, [*rows, ScoredItem(items[0], None, 0.0)]) == {}
+    summary = task.summarise(score_all(layout.task, items, replies))
     assert summary.value == pytest.approx(layout.headline)
     report = task.check(tmp_path)
     assert report.counts["items"] == len(items)

@@ -209,10 +209,37 @@ class Task(ABC):
             bool(fields.get("random")), bool(fields.get("judge_needed")),
         )  # fmt: skip
 
+    def official_metrics(self, scorer: str, scored: Sequence[ScoredItem]) -> dict[str, float]:
+        """What the aggregation of an official implementation makes of the replies, its rules for groups, rounding and
+        denominators included, which the headline does not share. Empty where it has none, where it fails, and where an
+        item has no reply, since it would not have finished."""
+        task = self.scored_as or self.name
+        is_known = scorer != STRICT and scorer in list_implementations(task, "aggregate")
+        if not is_known or not scored or any(entry.prediction is None for entry in scored):
+            return {}
+        pairs = [(entry.item.document, entry.prediction) for entry in scored]
+        fields = find_scorer(task, "aggregate", scorer)(self.official_input(scored), pairs)
+        return dict(_flatten(fields.get("metrics", {})))
+
+    def official_input(self, scored: Sequence[ScoredItem]) -> Document:
+        """What official aggregations read besides the documents and replies: ids, or records."""
+        return {"items": [entry.item.id for entry in scored]}
+
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """The headline metric: the mean over all items that have a gold answer, failed ones included as wrong."""
         counted, notes = split_gold(scored)
         return Summary(self.metric, mean_percent(counted), len(counted), parts_of(counted), notes)
+
+
+def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among metrics, those of tables inside them under both names; texts such as "16.19%" as numbers."""
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, str) and value.endswith("%"):
+            yield f"{prefix}{name}", float(value[:-1])
+        elif isinstance(value, int | float):
+            yield f"{prefix}{name}", float(value)
 
 
 def split_gold(scored: Sequence[ScoredItem]) -> tuple[list[ScoredItem], tuple[str, ...]]:

@@ -178,6 +178,11 @@ class WeMath(Maths):
         """Theirs gives the letter."""
         return ItemScore(float(fields.get("extracted") == document["answer"]), fields.get("extracted"))
 
+    def official_input(self, scored: Sequence[ScoredItem]) -> dict[str, Any]:
+        """Theirs read problem, question and whether it is right."""
+        documents = [(entry.item.document, entry.score) for entry in scored]
+        return {"records": [[document["ID"], document["key"], int(score >= 1)] for document, score in documents]}
+
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """Scores strict and loose, the four rates of both, and accuracy over questions."""
         summary = super().summarise(scored, scorer)

@@ -137,6 +137,10 @@ class HallusionBench(TableTask):
         right = ("1", "Yes") if document["gt_answer"] == "1" else ("0", "No")
         return ItemScore(float(extracted in right), extracted)
 
+    def official_input(self, scored: Sequence[ScoredItem]) -> dict[str, Any]:
+        """Theirs read rows with their replies."""
+        return {"records": [{**entry.item.document, "model_prediction": entry.prediction} for entry in scored]}
+
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """The three accuracies and their mean."""
         summary = super().summarise(scored, scorer)

@@ -147,6 +147,10 @@ class MLVU(ChoiceTask):
             document, {"task type": kind}, has_gold=bool(document["answer"]),
         )  # fmt: skip
 
+    def official_input(self, scored: Sequence[ScoredItem]) -> dict[str, Any]:
+        """Theirs go by the split."""
+        return {"split": self.split, **super().official_input(scored)}
+
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """The mean over task types; the mean over questions stands in the parts."""
         summary = super().summarise(scored, scorer)

@@ -71,6 +71,10 @@ class VideoMMEv2(ChoiceTask):
             labels, has_gold=gold_letter(document) is not None,
         )  # fmt: skip
 
+    def official_input(self, scored: Sequence[ScoredItem]) -> dict[str, Any]:
+        """Theirs read scored rows in the order of the data."""
+        return {"records": [{**entry.item.document, "score": int(entry.score >= 1)} for entry in scored]}
+
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """The mean of the groups' points; `groups` in the parts are those by kind, level and heads of the group, which
         are those of its last question; `accuracy` is that of the questions."""
