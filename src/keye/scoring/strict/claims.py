@@ -17,9 +17,14 @@ HEDGED, ALONE, JUDGED, EXPLICIT, FINAL = 1, 2, 3, 4, 5
 
 _W = "A-Za-z0-9_\u00c0-\u024f\u0370-\u04ff"
 _LETTER = re.compile(
-    rf"(?<![{_W}'.&/\\@#^-])(?<!\d )([A-Za-z])(?![{_W}&+#^\\\u00b0=]|'[A-Za-z]|[-.:][A-Za-z0-9]|\. ?[A-Za-z]\.)"
+    rf"(?<![{_W}.&/\\@#^-])(?<![{_W}]')(?<!\d )([A-Za-z])(?![{_W}&+#^\\\u00b0=]|'[A-Za-z]|[-.:][A-Za-z0-9]"
+    rf"|\. ?[A-Za-z]\.)"
 )
 _JOINED = re.compile(rf"(?<![{_W}/])(?!N/A)([A-Za-z])\s?(?:[/&+|]|->)\s?(?=[A-Za-z](?![{_W}]))")
+#: "OptionB", "answer-B", and the names of the sides of a dialogue.
+_GLUED = re.compile(rf"\b((?i:option|choice|answer|opt|ans))[-_#]?([A-Z])(?![{_W}])")
+_DIALOGUE = re.compile(r"\bQ\d{0,3}[:.](.{0,2000}?)\bA\d{0,3}:", re.DOTALL)
+_ALL_BUT = re.compile(r"\b((?i:all|anything|everything|nothing|none|every option)) but\b")
 _BREAK = re.compile(r"\n+|[;!?\u3002]+|\.{2,}|(?<=[\w)\]}\"'%])\.(?=[\"')\]]?(?:\s|$))")
 _OPENS_WITH_LETTER = re.compile(r"[\W_]*[A-Za-z]")
 
@@ -29,7 +34,7 @@ _LEADS = any_of(
     " that_leaves leaving however even_if even_though"
 )
 _CLAUSE = re.compile(
-    r"[,、]+\s*(?:and |or |but |so )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->|(?<=[\w)\]'\"])\s*\((?=[A-Za-z]{2})"
+    r"[,、]+\s*(?:and |or |but |so )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->|(?<=[\w)\]'\"])\s*[(\[](?=[A-Za-z]{2})"
     rf"|\s+(?={_LEADS}\b)|(?<=[A-Za-z0-9\u4e00-\u9fff])(?=因为|而不是|而是|所以|因此)",
     re.IGNORECASE,
 )
@@ -144,7 +149,7 @@ _LINK_BEFORE = re.compile(
         r" selected chosen"
         r" namely be"
     )
-    + rf"|[:=>∴→✅]|故|选|项|是|为){_OPENING}$",
+    + rf"|[:=>∴→✅]|[故选项是为知得即应]){_OPENING}$",
     re.IGNORECASE,
 )
 _LIKELY_BEFORE = re.compile(
@@ -161,8 +166,11 @@ _LINK_VERB = (
 )
 _CORRECT_AFTER = re.compile(
     rf"[\s\"')\]}}.,:>\-]*(?:{_LINK_VERB}"
-    + any_of("correct right best better true answer yes accurate one winner")
-    + r"\b|\s*(?:[✓✔✅]|it is\b)|\s*(?:选?项)?(?:是|才是|最|更|为)?(?:正确|对|符合|合适|合理|答案)|\s*が正)",
+    + any_of("correct right best better true answer yes accurate one winner my_(?:final_)?(?:answer|choice|pick)")
+    + (
+        r"\b|\s*(?:[✓✔✅]|it is\b)|\s*(?:is|seems|looks) (?:the )?most (?:plausible|likely|probable)\b"
+        r"|\s*(?:选?项)?(?:是|才是|最|更|为)?(?:正确|对|符合|合适|合理|答案)|\s*が正)"
+    ),
     re.IGNORECASE,
 )
 _WRONG_AFTER = re.compile(
@@ -199,15 +207,17 @@ _AFTER_A = re.compile(
 )
 _START = re.compile(
     r"[\W\d_]*(?:"
-    + any_of("option choice opt\\.? letter statement answer maybe then yes ok okay sure")
+    + any_of("option choice opt\\.? letter statement answer maybe then yes ok okay sure but rather so and")
     + r"[\s\W]+){0,2}",
     re.IGNORECASE,
 )
 _ENDS_NAME = re.compile(
-    (r"\s*(?:[.):\]},、(-]|[\u4e00-\u9fff]|(?:because|since|as|with|due|based|for|on the basis)\b)"), re.IGNORECASE
+    r"\s*(?:[.):\]},、(-]|[\u4e00-\u9fff]|(?:because|since|as|with|due|based|for|on the basis|over|than"
+    r"|instead|rather|not)\b)",
+    re.IGNORECASE,
 )
 _ENDS_CLAUSE = re.compile(
-    r"[\s.\"')\]}>*_:,]*(?:"
+    r"[\s.\"')\]}>*_:,」]*(?:です|だ|番|번|입니다|이다|\(?\d{1,3}\s?%\)?|"
     + any_of(
         "to_me here then instead for_me for_sure i_think i_guess i_believe i_would_say in_my_(?:opinion|view) indeed"
     )
@@ -226,9 +236,22 @@ _RIGHT = re.compile(
     r"\b" + any_of("correct yes true right match(?:es)? fits?") + r"\b|[✓✔✅对]|正确|符合", re.IGNORECASE
 )
 _EXCEPT = re.compile(
-    (r"\b(?:except|other than|apart from|besides)(?: for)?\s*") + _NAME + "?" + _OPENING + "$", re.IGNORECASE
+    rf"(?:\b(?:except|other than|apart from|besides)(?: for)?\s*{_NAME}?|除了?){_OPENING}$", re.IGNORECASE
 )
-_EVERY = re.compile(r"\b(?:all|every\w*|none|nothing|any|no)\b", re.IGNORECASE)
+#: What is said of all the others in "all except B are wrong".
+_OTHERS = re.compile(
+    r"\b" + any_of("none nothing no not wrong incorrect false \\w{2,6}n't excluded eliminated") + r"\b|不|错",
+    re.IGNORECASE,
+)
+#: A letter behind these words is the one that is not chosen.
+_OVER_BEFORE = re.compile(
+    r"\b" + any_of("than over instead_of as_opposed_to not unlike vs\\.? versus") + rf"\s+{_NAME}?{_OPENING}$",
+    re.IGNORECASE,
+)
+_INTENTION = re.compile(
+    (r"\b(?:was|were) (?:about|going|tempted|inclined) to\b|\balmost\b|\bwould have\b"), re.IGNORECASE
+)
+_MOST_LIKELY = re.compile(r"\bmost (?:plausible|likely|probable|possible)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -252,7 +275,10 @@ class _Context:
 
 def read_claims(text: str, letters: str) -> Iterator[Claim]:
     """What the clauses of a plain text say of `letters`, in order; denied letters are no claims."""
-    segments = list(_split(_JOINED.sub(r"\1, ", text)))
+    if "Q" in text:
+        text = _DIALOGUE.sub(r" Question:\1 Answer: ", text, count=1)
+    text = _ALL_BUT.sub(r"\1 except", text)
+    segments = list(_split(_JOINED.sub(r"\1, ", _GLUED.sub(r"\1 \2", text))))
     items = [match[1].upper() if (match := _ITEM.match(segment)) else "" for segment, _ in segments]
     is_list = len({item for item in items if item and item in letters}) > 1
     order, corrects = 0, False
@@ -313,7 +339,7 @@ def _read_clause(clause: str, letters: str, context: _Context) -> Iterator[tuple
     if not inherits:
         correction = _CORRECTION.match(clause)
         context.is_denied = _is_denied(clause[correction.end() :] if correction else clause)
-        context.is_hedged = bool(_HEDGE.search(clause)) or (bool(_SUBORDINATE.match(clause)) and ":" not in clause)
+        context.is_hedged = _is_hedged(clause)
         context.strength = 0
     strength = context.strength
     for index, match in enumerate(matches):
@@ -325,13 +351,17 @@ def _read_clause(clause: str, letters: str, context: _Context) -> Iterator[tuple
         if strength:
             context.strength = strength
             yield match[1].upper(), strength
+    if _WORDS.search(clause, matches[-1].end()):  # a list of letters would end with one
+        context.strength, context.is_denied, context.is_hedged = 0, False, False
 
 
 def _weigh(clause: str, match: re.Match[str], end: int, context: _Context, is_list: bool) -> int:
     """How strongly a clause says that a letter is the answer; 0 if it says nothing of that or denies it."""
     before, after = clause[max(0, match.start() - 96) : match.start()], clause[match.end() : min(end, match.end() + 64)]
-    if context.is_denied and _EXCEPT.search(before) and _EVERY.search(before):
-        return EXPLICIT
+    if context.is_denied and _EXCEPT.search(before):
+        return EXPLICIT if _OTHERS.search(clause) else 0
+    if _OVER_BEFORE.search(before):
+        return 0
     if _WRONG_AFTER.match(after):
         context.is_denied = True
         return 0
@@ -359,6 +389,14 @@ def _weigh(clause: str, match: re.Match[str], end: int, context: _Context, is_li
     if is_end and (has_link or is_bracketed):
         return ALONE
     return ALONE if is_start and _ENDS_NAME.match(after) else 0
+
+
+def _is_hedged(clause: str) -> bool:
+    if _SUBORDINATE.match(clause) and ":" not in clause:
+        return True
+    if _INTENTION.search(clause):
+        return True
+    return bool(_HEDGE.search(clause)) and _HEDGE.search(_MOST_LIKELY.sub(" ", clause)) is not None
 
 
 def _is_denied(clause: str) -> bool:

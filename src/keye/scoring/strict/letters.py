@@ -16,11 +16,12 @@ from functools import lru_cache
 from keye.scoring.strict.claims import ANSWER_NOUN, COPULA, EXPLICIT, HEDGED, Claim, read_claims
 from keye.scoring.strict.plain import any_of, shorten, simplify_han, to_ascii_forms, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
+from keye.scoring.strict.times import spell_english_numbers
 from keye.scoring.strict.yes_no import read_yes_no
 
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_BARE = re.compile(r"[\W_]*([A-Za-z])[\W_]*")
+_BARE = re.compile(r"[\W_]*([A-Za-z])(?![+#\u00b0])[\W_]*")
 _LETTER_AND_TEXT = re.compile(r"[\W_]*(?<![A-Za-z])([A-Za-z])(?:\s*[.):\]},\->、。]+\s*|\s+)(\S.*)", re.DOTALL)
 _CYRILLIC_AND_GREEK = "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u0391\u0392\u0395\u0397\u0399"
 _LOOKALIKES = str.maketrans(_CYRILLIC_AND_GREEK, "ABCEHIJABEHI")
@@ -30,6 +31,13 @@ _FIELD = re.compile(
     + any_of("answer choice option letter prediction label response result")
     + r"(?:[_ ]?(?:letter|choice|option|id|key))?[\"']\s{0,4}:\s{0,4}"
     r"(\"[^\"\n]{0,400}\"|'[^'\n]{0,400}'|\[[^\]]{0,400}\]|[^,}\n\"'\[]{1,80})",
+    re.IGNORECASE,
+)
+_ATTRIBUTE = re.compile(
+    (
+        r"<\w{1,20}\s[^<>]{0,80}?(?:answer|choice|option|value"
+        r"|letter)\s?=\s?[\"']([^\"'<>]{1,200})[\"'][^<>]{0,80}>"
+    ),
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"(?:^|(?<=\s))[(\[]?([A-Za-z])[.):\]]+(?=\s|[^\x00-\x7f])", re.MULTILINE)
@@ -43,6 +51,9 @@ _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(
     rf"[{_CJK}]|\d+(?:[.,:]\d+)*|[^\W\d_{_CJK}]+(?:'[^\W\d_{_CJK}]+)*|[-+=<>^*/%$\u20ac\u00a3\u00b0√\u00d7\u00f7\\]"
 )
+_DIGITS = re.compile(r"[\d.,:/ -]+")
+#: "one" that counts nothing.
+_PRONOUN = re.compile(r"(?<=\w) one\b", re.IGNORECASE)
 _NOT = ("not", "never", "不")
 _REFUSAL = re.compile(
     r"\bnone of\b|\bno(?:ne)? (?:option|answer|choice|correct|single)|\bneither of\b|\ball of\b|\bboth\b"
@@ -63,6 +74,7 @@ class _Options:
     letters: str
     by_text: dict[str, str]
     is_yes_no: bool
+    are_numbers: bool
 
 
 def find_letter(text: str, options: Sequence[str]) -> str | None:
@@ -85,7 +97,8 @@ def _read_options(options: tuple[str, ...]) -> _Options:
     letters = _ALPHABET[: len(options)]
     keys = [_key(_without_letter(str(text).strip(), letter)) for text, letter in zip(options, letters, strict=False)]
     by_text = {key: letter for key, letter in zip(keys, letters, strict=True) if key and keys.count(key) == 1}
-    return _Options(letters, by_text, set(by_text) in ({"yes", "no"}, {"是", "否"}))
+    are_numbers = bool(by_text) and all(_DIGITS.fullmatch(key) for key in by_text)
+    return _Options(letters, by_text, set(by_text) in ({"yes", "no"}, {"是", "否"}), are_numbers)
 
 
 def _without_letter(text: str, letter: str) -> str:
@@ -110,6 +123,8 @@ def _read_answer(text: str, options: _Options) -> str | None:
         return _read_answer(boxed, options)
     if fields := _FIELD.findall(text):
         return _read_value(fields[-1], options)
+    if "=" in text and (attribute := _ATTRIBUTE.search(text)):
+        return _read_answer(attribute[1], options)
     text = to_plain(text)
     if match := _BARE.fullmatch(text):
         return _bound(match[1], options)
@@ -184,6 +199,8 @@ def _find_text(text: str, options: _Options) -> str | None:
         answer = read_yes_no(text)
         keys = {True: ("yes", "是"), False: ("no", "否"), None: ()}[answer]
         return next((options.by_text[key] for key in keys if key in options.by_text), None)
+    if options.are_numbers:
+        text = spell_english_numbers(_PRONOUN.sub(" ", text))
     words = f" {_key(text)} "
     longest_first = sorted(options.by_text, key=len, reverse=True)
     rest, named = words, []

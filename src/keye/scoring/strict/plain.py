@@ -31,6 +31,8 @@ _TRADITIONAL = str.maketrans(
     "應選擇項為對錯說認綜終結論確還無與開從間時鐘這個沒屬於總約誤",
     "应选择项为对错说认综终结论确还无与开从间时钟这个没属于总约误",
 )
+#: Letters in filled circles and squares, which have no plain form in Unicode.
+_ENCLOSED = {start + index: chr(65 + index) for start in (0x1F150, 0x1F170) for index in range(26)}
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d\u00b4\u2032", "''\"\"''")
 
 
@@ -39,6 +41,7 @@ def to_ascii_forms(text: str) -> str:
     script as 0 to 9; dashes, quotes and spaces in one form; no invisible characters."""
     if text.isascii():
         return text
+    text = text.translate(_ENCLOSED)
     text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).translate(_DASHES).translate(_QUOTES)
     if text.isascii():
         return text

@@ -46,7 +46,11 @@ _CORRECTION = re.compile(
     re.IGNORECASE,
 )
 _DENIED_BEFORE = re.compile(
-    r"(?:\bnot|\bisn't|\bnever|\brather than|\binstead of|不是|并非)\W{0,3}(?:\w{1,12}\W{1,3}){0,3}$", re.IGNORECASE
+    (
+        r"(?:\bnot(?! (?:sure|certain|entirely|exactly|only|clear))|\bisn't|\bnever|\brather than|\binstead of"
+        r"|不是|并非)\W{0,3}(?:\w{1,12}\W{1,3}){0,3}$"
+    ),
+    re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"[\s\])}s.]{0,4}(?:seconds?\s)?(?:is|are|was|would be|seems|是)?\s?(?:wrong|incorrect|not|too"
@@ -78,6 +82,9 @@ _NEVER = re.compile(
     r" event\b|\bcannot (?:tell|determine|find|see)\b|未出现|没有(?:出现|发生)",
     re.IGNORECASE,
 )
+
+
+_ATTRIBUTES = re.compile(r"<\w{1,20}\s([^<>]{0,200}=[^<>]{0,200})>")
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ def _read_spans(text: str, duration: float | None) -> list[Span]:
     boxed = find_boxed(text)
     if boxed is not None and any(character.isdecimal() for character in boxed):
         text = boxed
+    if "=" in text:
+        text = _ATTRIBUTES.sub(r" \1 ", text)
     text = spell_digits(simplify_han(to_plain(text)), duration)
     times = find_times(text, duration)
     if not times:
@@ -171,7 +180,9 @@ def _span(first: Time, second: Time) -> Span:
 
 def _choose(text: str, candidates: list[_Candidate]) -> list[_Candidate]:
     """The spans that count: not denied, behind the last "answer" or correction, as clearly linked as the best."""
-    standing = [candidate for candidate in candidates if not _is_denied(text, candidate)] or candidates
+    standing = [candidate for candidate in candidates if not _is_denied(text, candidate)]
+    if not standing:
+        return []
     firm = [
         candidate
         for candidate in standing

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 _NUMBER = r"(?:\d{1,12}(?:\.\d{0,9})?(?:[eE][+-]?\d{1,2}(?![\d.]))?|\.\d{1,9})"
 _HOUR = r"(?:hours?|hrs?|h|小时|時間|시간|horas?|heures?|stunden?)"
-_MINUTE = r"(?:minutes?|mins?|min|m|分钟?|分|분|minutos?|minuten?|'(?!'))"
+_MINUTE = r"(?:minutes?|mins?|min|m|分钟?|分|분|minutos?|minuten?|'(?=\s?\d{1,2}(?:\.\d{1,3})?\s?(?:\"|'')))"
 _SECOND = r"(?:seconds?|secs?|sec|s|秒钟?|초|segundos?|secondes?|sekunden?|секунд\w?|сек|\"|'')"
 _JOIN = r"[ \t]{0,2}(?:and|,)?[ \t]{0,2}"
 _STOP = r"(?![A-Za-z\u00c0-\u024f])"
@@ -20,9 +20,10 @@ _TIME = re.compile(
     r"(?P<clock>(?:\d{1,3}:){1,3}\d{1,2}(?:[.,]\d{1,6}(?![\d:]))?)(?![\d:])"
     rf"|(?P<h>{_NUMBER})[ \t-]?{_HOUR}{_STOP}(?:{_JOIN}(?P<hm>{_NUMBER})["
     rf" \t-]?{_MINUTE}{_STOP})?(?:{_JOIN}(?P<hs>{_NUMBER})[ \t-]?{_SECOND}{_STOP})?"
-    rf"|(?P<m>{_NUMBER})[ \t-]?{_MINUTE}{_STOP}(?:{_JOIN}(?P<ms>{_NUMBER})[ \t-]?{_SECOND}{_STOP})?"
+    rf"|(?P<m>{_NUMBER})[ \t-]?{_MINUTE}{_STOP}"
+    rf"(?:{_JOIN}(?P<ms>{_NUMBER})(?:[ \t-]?{_SECOND}{_STOP}|(?=\s{{0,2}}(?:to|until|till|and|-|~|到|至|[.;]|$))))?"
     rf"|(?P<milli>{_NUMBER})[ \t]?(?:ms|milliseconds?|毫秒){_STOP}"
-    rf"|(?P<s>{_NUMBER})[ \t-]?{_SECOND}{_STOP}"
+    rf"|(?P<s>{_NUMBER})[ \t-]?{_SECOND}{_STOP}(?:{_JOIN}(?P<sm>\d{{1,3}})[ \t]?(?:ms|milliseconds?){_STOP})?"
     rf"|(?P<n>{_NUMBER})(?P<percent>[ \t]?%)?)",
     re.IGNORECASE,
 )
@@ -72,9 +73,14 @@ _COUNT_AFTER = re.compile(r"[ \t-]{1,2}([A-Za-z\u00c0-\u024f]{2,20})\b|[ \t]?([\
 _WORDS_AFTER = frozenset(
     (
         "to and until till through thru up as is in at where when while then for from with or bis hasta jusqu"
-        " up into on the a by of before after the inclusive of seconds onwards"
+        " up into on the a by of before after the inclusive of seconds onwards rather instead not but because"
+        " since which that this he she it they we his her their i so if although"
+        " though nor during both within around approximately about roughly respectively only than say think"
+        " believe guess estimate be was would see seen visible appears happen takes place runs ranges ranging"
     ).split()
 )
+#: Words before which, and behind which, a number can be a time.
+_FUNCTION_WORDS = _TIME_WORDS | _WORDS_AFTER
 _HAN_AFTER = "到至和秒分之的结开时、。处左在事为内부"
 _LENGTH_BEFORE = re.compile(
     r"(?:\blast(?:s|ed|ing)?|\bfor|\bduration(?: of the \w{1,12})?(?: is| of)?|\blength(?: of the"
@@ -92,6 +98,11 @@ _SHARE_BEFORE = re.compile(
     r"(?:confidence|probability|score|iou|certainty|likelihood|fps|year|置信度)[\"']?(?: level)?["
     r" \t]{0,2}(?:is|of|:|=)?[ \t]{0,2}$",
     re.IGNORECASE,
+)
+
+
+_CLOCK_BEFORE = re.compile(
+    (r"\b(?:clock|watch|timer|wall)\b[^.\n\d]{0,20}\b(?:shows?|reads?|says?|displays?)\s{0,2}$"), re.IGNORECASE
 )
 
 
@@ -219,7 +230,7 @@ def _read_time(match: re.Match[str], duration: float | None) -> Time | None:
     if match["milli"] is not None:
         return Time(start, end, float(match["milli"]) / 1000, True, scale=0.001)
     if match["s"] is not None:
-        return Time(start, end, float(match["s"]), True)
+        return Time(start, end, float(match["s"]) + float(match["sm"] or 0) / 1000, True)
     value = float(match["n"])
     if match["percent"]:
         return None if duration is None else Time(start, end, value / 100 * duration, False, is_share=True)
@@ -230,13 +241,15 @@ def _is_time(text: str, match: re.Match[str], time: Time) -> bool:
     before, after = text[max(0, match.start() - 32) : match.start()], text[match.end() : match.end() + 24]
     if _SHARE_BEFORE.search(before) or (not time.is_share and _LENGTH_BEFORE.search(before) and not time.is_bare):
         return False
+    if match["clock"] and _CLOCK_BEFORE.search(before):
+        return False
     if not time.is_bare:
         return not _LENGTH_AFTER.match(after)
     if _LENGTH_BEFORE.search(before):
         return False
     if time.is_clear:
         return True
-    if (label := _LABEL_BEFORE.search(before)) and label[1].isascii() and label[1].lower() not in _TIME_WORDS:
+    if (label := _LABEL_BEFORE.search(before)) and label[1].isascii() and label[1].lower() not in _FUNCTION_WORDS:
         return False
     if count := _COUNT_AFTER.match(after):
         return count[1].lower() in _WORDS_AFTER if count[1] else count[2] in _HAN_AFTER
