@@ -117,8 +117,8 @@ def main() -> None:
     same = sum(replies[0][name].prediction == replies[1][name].prediction for name in replies[0])
     ratio = runs["reuse"]["items_per_second"] / runs["none"]["items_per_second"]
     cpu_ratio = runs["none"]["cpu_seconds"] / runs["reuse"]["cpu_seconds"]
-    print(json.dumps({**vars(arguments), "ratio": round(ratio, 2), "cpu_ratio": round(cpu_ratio, 2), "same_replies": same,
-                      **runs}))  # fmt: skip
+    ratios = {"ratio": round(ratio, 2), "cpu_ratio": round(cpu_ratio, 2), "same_replies": same}
+    print(json.dumps({**vars(arguments), **ratios, **runs}))
 
 
 if __name__ == "__main__":

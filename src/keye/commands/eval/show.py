@@ -42,7 +42,7 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         lines.append(f"{plural(failed, 'failed item')} and {plural(missing, 'missing item')}, counted as wrong")
     if shares["judged"]:
         lines.append(f"{_percent(shares['judged'])} judged")
-    costs = [f"{result['items']:,} items about {plural(result['clusters'], 'medium')}"]
+    costs = [f"{plural(result['items'], 'item')} in {plural(result['clusters'], 'cluster')}"]
     if result["frames"]:
         costs.append(f"{result['frames']['mean']:,.1f} frames")
     if result["tokens"]["prompt"]:

@@ -53,11 +53,13 @@ def _describe(task: Task, root: Path) -> dict[str, Any]:
 
 
 def _state(task: Task, root: Path) -> str:
-    """Whether the data are here: "complete", "not here", or the first thing that is wrong."""
+    """Whether the data are here: "complete", "not here", "needs none", or the first thing that is wrong."""
     from keye.evals.run import data_folder
 
+    if "/" not in task.source:
+        return "needs none"
     folder = data_folder(task, root)
-    if task.source and (not folder.is_dir() or folder == root):
+    if not folder.is_dir() or folder == root:
         return "not here"
     report = task.check(folder)
     if report.is_complete:
@@ -146,8 +148,10 @@ def _broken_media(task: Task, folder: Path, probes: int) -> dict[str, str]:
 
 def _download(task: Task, folder: Path) -> None:
     """Fetches the files of the task's repository. `KeyeError` for one that has no repository or is gated."""
-    if not task.source:
-        raise KeyeError(f"{task.name} has no source on the hub: it is read from your own files")
+    if "/" not in task.source:
+        raise KeyeError(
+            f"{task.name} has no source on the hub ({task.source or 'your own files'}): leave out --download"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
