@@ -8,6 +8,7 @@ from keye.errors import KeyeError
 from keye.evals.task import ScoredItem, TaskSettings, find_task, find_tasks, list_tasks
 from keye.scoring.official.registry import list_implementations
 from tests.evals.layouts import LAYOUTS, write_parquet, write_table, write_video
+from tests.support.task_table import DOCS, with_current_table
 
 
 def read(task, folder, **settings):
@@ -132,3 +133,8 @@ def test_public_layout(layout, tmp_path):
     assert report.counts["items"] == len(items)
     assert not report.missing_fields
     assert all("media files are missing" in problem or "were published" in problem for problem in report.problems)
+
+
+def test_documented_table_is_current():
+    text = DOCS.read_text(encoding="utf-8")
+    assert text == with_current_table(text), "run: python -m tests.support.task_table"
