@@ -154,8 +154,10 @@ def test_rescore(run, tmp_path: Path) -> None:
 def test_list_and_prepare(run, data: Path, video: Path) -> None:
     rows = run("eval", "list", "--data", data, "--json").data["tasks"]
     assert {row["name"] for row in rows} == {task.name for task in list_tasks()}
-    assert all(row["state"] and row["licence"] for row in rows)
-    assert run("eval", "list", "--data", data).code == 0
+    assert all(row["data"] and row["licence"] for row in rows)
+    lines = run("eval", "list", "--data", data).out.splitlines()
+    assert len(lines) == 1 + len(rows) and max(map(len, lines)) <= 80
+    assert "licence: BSD-3" in run("eval", "list", "timelens", "--data", data).out
     result = run("eval", "prepare", TASK, "--from", data)
     assert result.code == 2 and "does not decode" in result.out and "0.mp4" in result.out
     for number in range(4):

@@ -129,7 +129,8 @@ def _withheld(total: int, failed: int, missing: int) -> str | None:
 
 def _scorer_figures(task: Task, scorer: str, rows: Sequence[ScoredItem], withheld: bool) -> dict[str, Any]:
     """One scorer's figures. `unparsed`, `random` and `judge_needed` are shares of the items with a prediction;
-    `random_expected` is what drawing an option would add on average, in points."""
+    `random_expected` is what drawing an option would add on average, in points; `official` are the metrics of the
+    original's own aggregation, where all items have a reply."""
     name = STRICT if scorer.startswith(JUDGED) else scorer
     summary = task.summarise(rows, name)
     with_reply = [row for row in rows if row.prediction is not None and row.item.has_gold]
@@ -141,6 +142,7 @@ def _scorer_figures(task: Task, scorer: str, rows: Sequence[ScoredItem], withhel
         "unparsed": _share(_unparsed(with_reply), len(with_reply)), "random": _share(len(drawn), len(with_reply)),
         "random_expected": 100 * math.fsum(chances) / len(rows) if rows else 0.0,
         "judge_needed": _share(sum(row.judge_needed for row in with_reply), len(with_reply)),
+        "official": task.official_metrics(name, rows),
         "parts": {label: dict(values) for label, values in summary.parts.items()}, "notes": list(summary.notes),
     }  # fmt: skip
 

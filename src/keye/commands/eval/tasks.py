@@ -2,69 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
-from rich.table import Table
 
 from keye.commands.shared import options
+from keye.commands.shared.show import stdout as show_console
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
     from keye.evals.task import Task
 
+#: Columns of a terminal in which source and licence have room.
+_WIDE: Final = 120
+
 
 @click.command("list", context_settings=options.CONTEXT)
+@click.argument("names", nargs=-1, metavar="[TASK]...")
 @click.option("--data", type=options.PATH, metavar="DIR",
               help="Where data are looked for.  [default: KEYE_EVAL_DATA, ~/.local/share/keye/evals]")  # fmt: skip
 @options.as_json
 @options.debug
-def list_tasks(data: Path | None, as_json: bool) -> None:
-    """List the tasks: what each measures, where its data come from, their licence and gate, and whether they are here.
+def list_tasks(names: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+    """List the tasks, what each measures, and whether its data are here. Of the tasks that are named, all there is to
+    know: where the data come from, their licence and gate, the scorers.
 
     \b
     keye eval list --data ~/data
+    keye eval list mlvu_dev timelens
     """
     from keye.commands.shared import show
     from keye.config.environment import eval_folder
+    from keye.evals.task import find_tasks
     from keye.evals.task import list_tasks as known_tasks
 
-    rows = [_describe(task, data or eval_folder()) for task in known_tasks()]
+    tasks = [task for name in names for task in find_tasks(name)] if names else known_tasks()
+    rows = [_describe(task, data or eval_folder()) for task in tasks]
     if as_json:
         show.print_json({"tasks": rows})
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in ("task", "measures", "source", "licence", "data"):
-        table.add_column(name, overflow="fold")
+    elif names:
+        for row in rows:
+            _print_task(row)
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each task, cut to the width; a wide terminal also has source and licence."""
+    console = show_console()
+    lines = [("task", "data", "measures", "source", "licence")]
     for row in rows:
-        licence = f"{row['licence']}; {row['gate']}" if row["gate"] else row["licence"]
-        table.add_row(row["name"], row["measures"], row["source"], licence, row["available"] or row["state"])
-    show.stdout().print(table)
+        state = "cannot run yet" if row["available"] else row["data"]
+        lines.append((row["name"], state, row["measures"], row["source"], row["licence"]))
+    name, data = (max(len(cells[column]) for cells in lines) for column in (0, 1))
+    left = max(20, console.width - name - data - 4)
+    measures = left * 2 // 5 if console.width >= _WIDE else left
+    widths = (name, data, measures, *((left - measures) // 2 - 2,) * (2 if measures < left else 0))
+    for cells in lines:
+        line = "  ".join(_cut(cell, width).ljust(width) for cell, width in zip(cells, widths, strict=False))
+        console.print(line.rstrip(), soft_wrap=True)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _print_task(row: Mapping[str, Any]) -> None:
+    lines = {
+        "measures": row["measures"], "media": row["media"], "dimension": row["dimension"], "source": row["source"],
+        "licence": row["licence"], "gate": row["gate"], "scorers": ", ".join(row["scorers"]),
+        "data": row["data"], "problem": row["problem"], "cannot run yet": row["available"],
+    }  # fmt: skip
+    console = show_console()
+    console.print(f"{row['name']}: {row['title']}", soft_wrap=True)
+    for name, value in lines.items():
+        if value:
+            console.print(f"  {name}: {value}", soft_wrap=True)
 
 
 def _describe(task: Task, root: Path) -> dict[str, Any]:
+    data, problem = _state(task, root)
     return {
         "name": task.name, "title": task.title, "measures": task.measures, "media": task.media, "source": task.source,
         "licence": task.licence, "gate": task.gate, "dimension": task.dimension, "scorers": list(task.scorers),
-        "available": task.available, "state": _state(task, root),
+        "available": task.available, "data": data, "problem": problem,
     }  # fmt: skip
 
 
-def _state(task: Task, root: Path) -> str:
-    """Whether the data are here: "complete", "not here", "needs none", or the first thing that is wrong."""
+def _state(task: Task, root: Path) -> tuple[str, str | None]:
+    """Whether the data are here: "complete", "incomplete", "not here" or "needs none"; and the first thing that is
+    wrong."""
     from keye.evals.run import data_folder
 
     if "/" not in task.source:
-        return "needs none"
+        return "needs none", None
     folder = data_folder(task, root)
     if not folder.is_dir() or folder == root:
-        return "not here"
+        return "not here", None
     report = task.check(folder)
     if report.is_complete:
-        return "complete"
-    return report.problems[0] if report.problems else f"{len(report.missing_media):,} media missing"
+        return "complete", None
+    return "incomplete", (*report.problems, f"{len(report.missing_media):,} media are missing")[0]
 
 
 @click.command(context_settings=options.CONTEXT)
