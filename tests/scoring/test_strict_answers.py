@@ -55,7 +55,9 @@ def test_last_box_is_found(text: str, content: str | None) -> None:
         ("是的", True), ("Yes/No", None), ("yes or no", None), ("The eyes are visible", None), ("", None),
         ("The answer is no.", False), ("<think>no</think>yes", True), (r"\boxed{\text{是}}", True), ("[否]", False),
         ('{"answer": "no"}', False), ("I cannot tell.", None), ("正确", True), ("False", False),
-        ("It is unknown.", None), ("無法判斷", None), ("答案是否", False), ("没有", False),
+        ("It is unknown.", None), ("無法判斷", None), ("不确定", None), ("是, 否", None), ("Not sure", None),
+        ("Yes, no doubt", True),
+        ("Right hand is raised", None), ("<think>没有结束 是", True), ("答案是否", False), ("没有", False),
     ],
 )  # fmt: skip
 def test_yes_and_no_are_found(text: str, answer: bool | None) -> None:
@@ -96,6 +98,8 @@ def test_texts_are_compared(match: Callable[[str, list[str]], bool], text: str, 
         ("10.4", "10", True), ("10.6", "10", False), ("The answer is 1,040.", "1000", True), ("14%", "0.14", True),
         ("14", "14%", True), ("2010", "2011", False), ("Blue", "blue", True), ("", "3", False), ("0", "0", True),
         ("0.01", "0", False), ("-5", "5", False), ("$3.1 million", "3100000", True), ("12 or so", "12", True),
+        ("about 0.52", "0.5", True),
+        ("between 2 and 3", "2", False),
     ],
 )  # fmt: skip
 def test_numbers_of_charts_are_compared_within_five_percent(text: str, gold: str, expected: bool) -> None:
@@ -110,6 +114,9 @@ def test_numbers_of_charts_are_compared_within_five_percent(text: str, gold: str
         ("50%", "0.5"), ("1,000", "1000"), ("3, -1", "-1 or 3"), ("5 cm", "5"), (r"\text{yes}", "yes"),
         (r"\sin^2 x+\cos^2 x", "1"), (r"e^{i\pi}", "-1"), ("2^{10}", "1024"), ("x²", "x^2"), (r"2 \times 3", "6"),
         ("x + y = 1", "1 = y + x"), (r"\sqrt[3]{8}", "2"), ("|-3|", "3"), ("5!", "120"), (r"\frac{a}{b}", "a/b"),
+        (r"\pm 2", "2, -2"), (r"2\frac{1}{2}", "2.5"), ("3 > x", "x < 3"), (r"\left(1,2\right)", "(1,2)"), ("½", "0.5"),
+        (r"\log_2 8", "3"), (r"\binom{5}{2}", "10"), (r"12 \text{ cm}^2", "12"), ("six", "6"),
+        (r"x \geq 2", r"2 \le x"),
     ],
 )  # fmt: skip
 def test_equal_expressions_match(ours: str, theirs: str) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from keye.scoring.strict.plain import remove_markup, to_ascii_forms
+from keye.scoring.strict.times import spell_english_numbers
 
 _LONGEST = 400
 _DEEPEST = 40
@@ -28,18 +29,25 @@ _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\
 _RAISED = re.compile("[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]{1,8}")
 _SIGNS = (
     ("√", "\\sqrt "), ("\u03c0", "\\pi "), ("∞", "\\infty "), ("\u00b7", "*"), ("⋅", "*"), ("\u00d7", "*"),
-    ("\u00f7", "/"), ("≤", "<="), ("≥", ">="), ("\\leq", "<="), ("\\geq", ">="), ("\\le", "<="), ("\\ge", ">="),
+    ("\u00f7", "/"), ("≤", "<="), ("≥", ">="), ("\\leqslant", "<="), ("\\geqslant", ">="),
+    ("\\leq", "<="), ("\\geq", ">="), ("\\le", "<="), ("\\ge", ">="),
     ("\\cdot", "*"), ("\\times", "*"), ("\\div", "/"), ("\\ast", "*"), ("\\circ", "\u00b0"), ("\\degree", "\u00b0"),
-    ("\\%", "%"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\{", "{"), ("\\}", "}"), ("**", "^"),
+    ("\\%", "%"), ("\\$", ""), ("\u2044", "/"), ("\\lvert", "|"), ("\\rvert", "|"), ("\\{", "{"), ("\\}", "}"),
+    ("**", "^"),
 )  # fmt: skip
-_COMMAND = re.compile(r"\\(?:left|right|big|Big|displaystyle|limits|mathrm|text)(?![A-Za-z])")
+_COMMAND = re.compile(r"\\(?:left|right|big|Big|displaystyle|limits)(?![A-Za-z])")
 _PREFIX = re.compile(r"^[A-Za-z](?:_\{?\w{1,6}\}?)?(?:\([A-Za-z]\))?\s*(?:=|\\in|∈)(?!=)\s*")
 _UNITS = re.compile(
     r"(?<=[\d)}\s])\s*(?:\\[,;! ])*\s*(?:square |cubic )?(?:degrees?|\u00b0[CF]?|units?|cm|mm|km|meters?"
     r"|metres?|inch(?:es)?|feet|ft|kg|grams?|seconds?|sec|minutes?|min|hours?|hrs?|days?|years?|dollars?"
     r"|cents?|points?|people|miles?|mph|m/s)(?:\^\{?[23]\}?|/s|\^2)?[. ]*$"
 )
-_TOKEN = re.compile(r"\d+(?:\.\d*)?|\.\d+|\\?[A-Za-z]+|[-+*/^_(){}\[\]|!%\u00b0,=<>]|\S")
+_THOUSANDS = re.compile(r"[^(\[{,]{0,40}\d{1,3}(?:,\d{3})+(?:\.\d+)?\D*")
+_MIXED = re.compile(r"(?<![\w.}])(\d{1,9}) ?\\[dtc]?frac\{(\d{1,9})\}\{(\d{1,9})\}")
+_RELATION = re.compile(r"([<>]=?)")
+_TOKEN = re.compile(
+    r"\d+(?:\.\d*)?[eE][+-]?\d{1,3}(?![\w.])|\d+(?:\.\d*)?|\.\d+|\\?[A-Za-z]+|[-+*/^_(){}\[\]|!%\u00b0,=<>]|\S"
+)
 
 
 class _Unreadable(Exception):
@@ -70,20 +78,19 @@ def match_expressions(answer: str, gold: str, *, tolerance: float = 1e-6) -> boo
 
 
 def _clean(text: str) -> str:
-    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text.strip().strip("$").strip())
+    """An answer in one notation, without the name that it is assigned to, its unit and currency."""
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}", text.strip(" \t\n$\"'"))
+    text = _COMMAND.sub(" ", to_ascii_forms(text))
     for sign, plain in _SIGNS:
         if sign in text:
-            text = text.replace(
-                sign, plain + " " if sign[0] == "\\" and plain[-1] != " " and sign[-1].isalpha() else plain
-            )
-    text = remove_markup(to_ascii_forms(_COMMAND.sub(" ", text)).replace("*", "\u00d7")).replace("\u00d7", "*")
-    text = (
-        re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-        if re.fullmatch(r"[^(\[{]*\d{1,3}(?:,\d{3})+(?:\.\d+)?\D*", text)
-        else text
-    )
-    text = text.strip().rstrip(".,;").strip()
-    text = _PREFIX.sub("", text, count=1)
+            text = text.replace(sign, plain + " " if sign[0] == "\\" and sign[-1].isalpha() else plain)
+    text = remove_markup(text.replace("*", "\u00d7")).replace("\u00d7", "*")
+    if _THOUSANDS.fullmatch(text):
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    text = _PREFIX.sub("", text.strip().rstrip(".,;").strip(), count=1)
+    if text.replace("-", "").replace(" ", "").isalpha():
+        text = spell_english_numbers(text)
+    text = _MIXED.sub(r"(\1+\2/\3)", text)
     return _UNITS.sub("", text).strip().lstrip("$\u20ac\u00a3").strip()
 
 
@@ -94,10 +101,16 @@ class _Parts:
         self.brackets = ""
         if text[:1] in tuple("([{") and text[-1:] in tuple(")]}") and _is_enclosed(text):
             self.brackets, text = text[0] + text[-1], text[1:-1]
-        self.items = [part.strip() for part in _cut(text)]
+        self.items = [item for part in _cut(text) for item in _split_signs(part.strip())]
         if len(self.items) == 1 and self.brackets:
             self.items = [f"({self.items[0]})"] if self.brackets != "{}" else self.items
         self.is_ordered = self.brackets not in ("", "{}")
+
+
+def _split_signs(text: str) -> list[str]:
+    r"""Both values of an expression with one `\pm`."""
+    text = text.replace("\u00b1", "\\pm ")
+    return [text.replace("\\pm", sign) for sign in "+-"] if text.count("\\pm") == 1 else [text]
 
 
 def _is_enclosed(text: str) -> bool:
@@ -141,8 +154,8 @@ def _match_items(ours: list[str], theirs: list[str], is_ordered: bool, tolerance
 def _match_sides(ours: str, theirs: str, tolerance: float) -> bool:
     """Equations agree if the differences of their sides are the same but for a factor."""
     ours_sides, theirs_sides = ours.split("="), theirs.split("=")
-    if any(sign in ours or sign in theirs for sign in "<>"):
-        return False
+    if _RELATION.search(ours) or _RELATION.search(theirs):
+        return _match_inequalities(_RELATION.split(ours), _RELATION.split(theirs), tolerance)
     try:
         if len(ours_sides) == len(theirs_sides) == 1:
             return all(_is_close(_evaluate(ours, k), _evaluate(theirs, k), tolerance) for k in range(len(_POINTS)))
@@ -160,6 +173,15 @@ def _match_sides(ours: str, theirs: str, tolerance: float) -> bool:
     except (_Unreadable, ArithmeticError, ValueError):
         pass
     return False
+
+
+def _match_inequalities(ours: list[str], theirs: list[str], tolerance: float) -> bool:
+    """Chains of sides and signs agree if they do side by side, from the smaller to the larger."""
+    ours, theirs = ([*reversed(chain)] if ">" in "".join(chain[1::2]) else chain for chain in (ours, theirs))
+    signs = [[sign.replace(">", "<") for sign in chain[1::2]] for chain in (ours, theirs)]
+    if not signs[0] or signs[0] != signs[1]:
+        return False
+    return all(_match_sides(a, b, tolerance) for a, b in zip(ours[::2], theirs[::2], strict=True))
 
 
 def _is_close(a: complex, b: complex, tolerance: float) -> bool:
@@ -272,6 +294,13 @@ class _Parser:
     def read_name(self, name: str, depth: int) -> complex:
         if name in ("frac", "dfrac", "tfrac", "cfrac"):
             return self.read_argument(depth) / self.read_argument(depth)
+        if name == "binom":
+            upper, lower = (self.read_argument(depth) for _ in range(2))
+            return _choose(upper, lower)
+        if name == "log" and self.peek() == "_":
+            self.take()
+            base = self.read_argument(depth)
+            return cmath.log(self.read_power(depth)) / cmath.log(base)
         if name == "sqrt" and self.peek() == "[":
             root = self.read_group(depth)
             return _raise(self.read_argument(depth), 1 / root)
@@ -306,6 +335,12 @@ class _Parser:
                 self.read_group(depth)
             else:
                 self.take()
+
+
+def _choose(upper: complex, lower: complex) -> complex:
+    if upper.imag or lower.imag or upper.real % 1 or lower.real % 1 or not 0 <= lower.real <= upper.real <= 60:
+        raise _Unreadable
+    return complex(math.comb(int(upper.real), int(lower.real)))
 
 
 def _raise(value: complex, exponent: complex) -> complex:

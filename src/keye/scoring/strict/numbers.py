@@ -32,7 +32,8 @@ _SCALES = {
 }
 _CUE = re.compile(
     r"(?:\b(?:answer|result|total|count|sum|number of [\w ]{1,40}?|value)\b[\"']?\s{0,3}(?:is|are|would be"
-    r"|should be|:|=){1,2}|=|\b(?:in total|altogether|total of)\b[:,]?|(?:答案|结果|总共|一共|共)(?:是|为"
+    r"|should be|:|=){1,2}|=|\b(?:so|thus|hence|therefore|makes|gives)\b(?: it is| that is)?|\b(?:in total"
+    r"|altogether|total of)\b[:,]?|(?:答案|结果|总共|一共|共)(?:是|为"
     r"|有|:)?)\W{0,4}"
     r"(?:(?:there (?:are|is)|about|approximately|exactly|\$|\\\(|\\\[)\s{0,2})?",
     re.IGNORECASE,

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from keye.scoring.strict.expressions import match_expressions
-from keye.scoring.strict.numbers import parse_number
+from keye.scoring.strict.numbers import find_number, parse_number
 from keye.scoring.strict.plain import to_ascii_forms, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 
@@ -83,6 +83,8 @@ def match_relaxed(text: str, gold: str, *, tolerance: float = 0.05) -> bool:
     if stated is None or not gold.strip():
         return False
     expected, number = parse_number(gold), parse_number(stated)
+    if number is None and expected is not None:
+        number = find_number(stated)
     if expected is None or number is None:
         return match_text(text, [gold])
     if is_percent(gold) != is_percent(stated) and (

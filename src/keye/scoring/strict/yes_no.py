@@ -10,26 +10,52 @@ import re
 from keye.scoring.strict.plain import simplify_han, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 
-_YES = r"yes|yeah|yep|true|correct|right|certainly|indeed|是的?|对的?|正确|有的?|可以|能|属于|符合|含有"
-_NO = r"no|nope|not|false|incorrect|wrong|否的?|不是的?|不对|错误?的?|不正确|没有|不可以|不能|不属于|不符合|不含|不"
-_EDGE = r"(?:(?<=[\u4e00-\u9fff])|\b|(?=[^\w])|$)"
-_LEADING = re.compile(rf"[\W_]*(?:(?P<no>{_NO})|(?P<yes>{_YES}))(?=[\W_]|$|[\u4e00-\u9fff])", re.IGNORECASE)
+_YES = (
+    r"yes|yeah|yep|true|certainly|indeed|(?:correct|right)(?=\s*(?:[.,!;:)\"*]|$))|是(?!否|不是)的?|对的?|正确|有的?"
+    r"|可以|能|属于|符合|含有"
+)
+_NO = (
+    r"no(?!-| (?:one|answer|information|idea|video|image|clear|way|data|response)\b)|nope"
+    r"|not(?! (?:sure|certain|clear|enough|applicable|visible|available|determin\w*)\b)|false"
+    r"|(?:incorrect|wrong)(?=\s*(?:[.,!;:)\"*]|$))|否的?|错误?的?|没有|没|不(?!确定|知道|清楚|明|详|好说"
+    r"|太|一定)(?:是的?|对|正确|可以|能|属于|符合|含有?)?"
+)
+_ENDS = r"(?=[\W_]|$|[\u4e00-\u9fff])"
+_LEADING = re.compile(rf"[\W_]*(?:(?P<no>{_NO})|(?P<yes>{_YES})){_ENDS}", re.IGNORECASE)
 _CUE = re.compile(
-    r"(?:answer|response|result|conclusion|judge?ment|verdict|答案|结论|回答|结果"
-    r"|判断)[\"']?\s{0,3}(?:should be|is|would be|:|=|是|为|应为){1,2}[\W_]*"
-    rf"(?:(?P<no>{_NO})|(?P<yes>{_YES}))(?=[\W_]|$|[\u4e00-\u9fff])",
+    r"(?:answer|response|result|conclusion|judge?ment|verdict|答案|结论|回答|结果|判断(?!是否))[\"']?\s{0,3}"
+    rf"(?:should be|is|would be|:|=|应?(?:是|为)){{1,2}}[\W_]*(?:(?P<no>{_NO})|(?P<yes>{_YES})){_ENDS}",
     re.IGNORECASE,
 )
-_WORD = re.compile(r"\b(?:(?P<no>no|false)|(?P<yes>yes|true))\b", re.IGNORECASE)
-_CHINESE = re.compile(r"(?P<neutral>是否|是不是|有没有)|(?P<no>不是|否)|(?P<yes>是)")
+#: The other word right behind the first: "Yes/No", "是, 否", "No. Yes."
+_OTHER = re.compile(
+    r"[\s/,.;、|。，]*(?:or|and|或者?|和)?\W*(?:(?P<no>no|false|否|不是)|(?P<yes>yes|true"
+    r"|是))(?=\s*(?:[.,!;。，)\"*/]|$|it\b))",
+    re.IGNORECASE,
+)
+_WORD = re.compile(
+    (r"\b(?:(?P<no>no(?!-| (?:one|answer|idea|way|information)\b)|false)|(?P<yes>yes|true))\b"), re.IGNORECASE
+)
+_CHINESE = re.compile(r"(?P<neutral>是否|是不是|有没有|不确定|但是|还是|可是|于是)|(?P<no>不是|否)|(?P<yes>是)")
+_REFUSAL = re.compile(
+    r"\b(?:cannot|can't|unable|unknown|unclear|not sure|not certain|don't know|impossible to)\b|无法"
+    r"|不确定|不知道|不清楚",
+    re.IGNORECASE,
+)
+_PARTS = re.compile(r"[.!?;,\n\u3002\uff01\uff1f\uff1b\uff0c]+|\s+(?=[是否]$)")
 
 
 def find_yes_no(text: str) -> bool | None:
     """Whether a reply says yes (True) or no (False); None for neither, both or a refusal.
 
-    What the reply opens with counts, then what follows "the answer is", then the only such word in it.
+    What follows the last "the answer is" counts, then what the reply opens with, then the only such word in it. A reply
+    that consists of reasoning alone is read from its last words.
     """
-    return read_yes_no(strip_reasoning(text).conclusion)
+    stripped = strip_reasoning(text)
+    if stripped.answer or not stripped.reasoning:
+        return read_yes_no(stripped.answer)
+    parts = [part for part in _PARTS.split(stripped.reasoning[-2_000:]) if part.strip()]
+    return read_yes_no(parts[-1]) if parts else None
 
 
 def read_yes_no(text: str) -> bool | None:
@@ -37,16 +63,15 @@ def read_yes_no(text: str) -> bool | None:
     if (boxed := find_boxed(text)) is not None:
         text = boxed
     text = simplify_han(to_plain(text))
-    cues = list(_CUE.finditer(text))
-    if cues:
-        answer = {match["yes"] is not None for match in cues}
-        return answer.pop() if len(answer) == 1 else cues[-1]["yes"] is not None
-    if match := _LEADING.match(text):
-        rest = text[match.end() : match.end() + 16]
-        if re.match(r"\s*(?:/|or\b|and\b|或)\W*(?:no|yes|否|是)", rest, re.IGNORECASE):
-            return None
-        return match["yes"] is not None
-    answer = {match["yes"] is not None for match in _WORD.finditer(text)}
-    if not answer:
-        answer = {match["yes"] is not None for match in _CHINESE.finditer(text) if match["neutral"] is None}
-    return answer.pop() if len(answer) == 1 else None
+    cue = max(_CUE.finditer(text), key=lambda match: match.start(), default=None)
+    first = cue or _LEADING.match(text)
+    if first is not None:
+        is_yes = first["yes"] is not None
+        other = _OTHER.match(text, first.end())
+        return is_yes if other is None or (other["yes"] is not None) == is_yes else None
+    if _REFUSAL.search(text):
+        return None
+    answers = {match["yes"] is not None for match in _WORD.finditer(text)}
+    if not answers:
+        answers = {match["yes"] is not None for match in _CHINESE.finditer(text) if match["neutral"] is None}
+    return answers.pop() if len(answers) == 1 else None
