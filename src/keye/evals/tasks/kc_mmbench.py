@@ -69,7 +69,7 @@ def _read_list(text: str) -> list[str] | None:
     """The words of the last list in brackets, or of a reply that is nothing but a list; None unless all of them are yes
     or no."""
     lists = re.findall(r"[\[【]([^\[\]【】]{0,2000})[\]】]", text)
-    body = lists[-1] if lists else text
+    body = lists[-1] if lists else text[:2000]
     answers = [read_yes_no(word) for word in _SEPARATORS.split(body) if word.strip(_MARKS)]
     if not answers or None in answers:
         return None

@@ -81,6 +81,19 @@ class MathVista(Maths):
 
     key: str = "pid"
 
+    def question_of(self, row: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The question, for open ones with the form of the answer, and the choices."""
+        question = str(row["question"])
+        if row["question_type"] == "multi_choice":
+            return question, read_options(row["choices"])
+        kind, places = row["answer_type"], int(float(row.get("precision") or 0))
+        forms = {
+            "integer": "an integer",
+            "float": f"a number with {places} decimal places",
+            "list": "a list such as [1, 2]",
+        }
+        return (f"{question}\nThe answer is {forms[kind]}." if kind in forms else question), []
+
     def document_of(self, row: Mapping[str, Any], options: list[str]) -> dict[str, Any]:
         """As the data have them; `answer_option` is the letter of the answer."""
         answer = str("" if row.get("answer") is None else row["answer"])

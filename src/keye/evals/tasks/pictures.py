@@ -114,7 +114,7 @@ class HallusionBench(TableTask):
         names = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input", "gt_answer")
         document = {name: str(row.get(name, "")) for name in names} | {"question": row["question"]}
         if document["gt_answer"] not in ("0", "1"):
-            document["gt_answer"] = {"yes": "1", "no": "0"}.get(str(row.get("answer", "")).strip().lower(), "")
+            document["gt_answer"] = ""
         value = row.get("image") or row.get("filename")
         parts = [] if value in (None, "", "None") else [image_part(folder.picture(value))]
         key = "_".join(document[name] for name in names[:5])
@@ -179,7 +179,6 @@ TASKS = (
         name="hallusionbench", title="HallusionBench", measures="answers that follow the picture, not habit", rows=951,
         source="lmms-lab-encoder/HallusionBench", licence="BSD-3", media="image", dimension="General VQA",
         official=(KIT, *LMMS), tables=(r"[^/]*image-[^/]*\.parquet", r"HallusionBench\.(?:json|tsv)", *_DATA),
-        layouts=(("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),
-                 ("category", "question", "answer", "image")),
+        layouts=(("category", "subcategory", "set_id", "figure_id", "question_id", "question", "gt_answer"),),
     ),
 )  # fmt: skip

@@ -1,5 +1,5 @@
 """Tasks without media: following instructions (IFEval), calling functions (BFCL), writing programs (LiveCodeBench,
-which needs a sandbox and cannot be run yet)."""
+whose programs need a sandbox)."""
 
 from __future__ import annotations
 
@@ -175,6 +175,6 @@ TASKS = (
         name="livecodebench", title="LiveCodeBench v6", measures="programs that pass hidden tests",
         source="livecodebench/code_generation_lite", licence="not stated where we looked", media="text",
         dimension="Coding", metric="pass@1",
-        available="its programs must run in a sandbox, which comes with the agents' milestone",
+        available="keye has no sandbox for programs yet",
     ),
 )  # fmt: skip

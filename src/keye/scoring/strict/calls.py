@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,17 +17,16 @@ from keye.scoring.strict.reasoning import strip_reasoning
 Calls = list[dict[str, dict[str, Any]]]
 """Each call is {name: {argument: value}}."""
 _LONGEST = 100_000
-_TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
-_FENCE = re.compile(r"```(?:json|python|tool_code|tool_call)?\s*\n(.*?)```", re.DOTALL)
 
 
 def find_calls(text: str) -> Calls | None:
     """The calls of a reply in their order; None where it holds none that can be read."""
     text = strip_reasoning(text).conclusion[:_LONGEST]
-    if tagged := _TAGGED.findall(text):
+    if tagged := [body.partition("</tool_call>")[0] for body in text.split("<tool_call>")[1:]]:
         parsed = [_parse(body) for body in tagged]
         return None if None in parsed else [call for calls in parsed for call in calls or ()]
-    fenced = _FENCE.findall(text)
+    # Every second piece between fences stands inside them; its first line names a language.
+    fenced = [body.partition("\n")[2] for body in text.split("```")[1::2]][-8:]
     start, end = text.find("["), text.rfind("]")
     listed = [text[start : end + 1]] if 0 <= start < end else []
     for body in (text, *reversed(fenced), *listed):
