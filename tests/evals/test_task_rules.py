@@ -9,10 +9,11 @@ import pytest
 from keye.errors import KeyeError
 from keye.evals.choices import split_options
 from keye.evals.files import parse_list
+from keye.evals.settings import RunSettings, build_lines
 from keye.evals.task import EvalItem, ItemScore, ScoredItem, Task, TaskSettings, find_task, list_tasks
 from keye.evals.tasks.videomme_v2 import score_group
 from keye.scoring.strict.calls import find_calls, match_calls
-from tests.evals.layouts import EIGHT, PNG, write_parquet, write_table
+from tests.evals.layouts import EIGHT, PNG, write_parquet, write_table, write_video
 
 
 def scored(document, score, *, name="001-1", cluster="001", labels=None, has_gold=True):
@@ -140,6 +141,15 @@ def test_pictures_inside_tables(tmp_path):
         assert file.read(4) == b"\x89PNG"
 
 
+def test_stretches_between_subtitles_share_the_frames_of_the_run(tmp_path):
+    path = tmp_path / "x.mp4"
+    write_video(path)
+    part = {"type": "video", "video": str(path), "video_start": 0.0, "video_end": 5.0, "nframes": 3}
+    item = EvalItem("1", "1", (part, {"type": "video", "video": str(path)}), {"answer": "A"})
+    (line,) = build_lines([item], RunSettings(media={"nframes": 64}), None)
+    assert [part["nframes"] for part in line.body["messages"][0]["content"]] == [3, 64]
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])
 def test_media_outside_the_folder_are_not_named(tmp_path, name):
     write_table(tmp_path / "charades.jsonl", [{"video_path": name, "query": "x", "span": [[1.0, 2.0]]}])
@@ -186,6 +196,7 @@ def test_row_of_a_table_of_predictions():
 
 
 USER_TASK = """
+from keye.evals.settings import RunSettings, build_lines
 from keye.evals.task import EvalItem, ItemScore, Task
 
 class Echo(Task):

@@ -135,13 +135,19 @@ def data_folder(task: Task, root: Path) -> Path:
     return root
 
 
+def _frames_of(settings: RunSettings) -> dict[str, int]:
+    """The number of frames, for prompts that depend on it."""
+    frames = settings.media.get("nframes")
+    return {"frames": frames} if isinstance(frames, int) else {}
+
+
 def read_items(task: Task, folder: Path, settings: RunSettings, *, allow_missing: bool = False) -> list[EvalItem]:
     """The items of a run. `KeyeError` for a task that cannot be run, rows that lack fields, two items of one id, and
     media that are not there, which are named and counted."""
     if task.available is not None:
         raise KeyeError(f"{task.name} cannot be run yet: {task.available}")
     try:
-        task_settings = TaskSettings(**settings.prompt)
+        task_settings = TaskSettings(**{**_frames_of(settings), **settings.prompt})
     except TypeError:
         known = ", ".join(TaskSettings.__dataclass_fields__)
         raise KeyeError(f"prompt holds {sorted(settings.prompt)}; settings of prompts are {known}") from None

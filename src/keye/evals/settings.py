@@ -91,6 +91,8 @@ def _part(part: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]
     own = {_TIMES.get(name, name): value for name, value in part.items()}
     known = VIDEO_OPTIONS if kind == "video" else IMAGE_OPTIONS
     chosen = {name: value for name, value in options.items() if name in known}
+    if {"nframes", "video_start"} <= own.keys():  # a stretch with its share of the frames, which the task has counted
+        chosen = {name: value for name, value in chosen.items() if name not in _RATES}
     if _RATES & chosen.keys():
         own = {name: value for name, value in own.items() if name not in _RATES}
     return {**own, **chosen}
