@@ -36,6 +36,8 @@ RESULT_NAME: Final = "result.json"
 SCORES_NAME: Final = "scores.jsonl"
 #: Share of failed and missing items above which the value is withheld.
 MOST_FAILED: Final = 0.05
+#: What official scorers extract where they read nothing.
+_NOTHING: Final = ("Z", "N/A", "Unknown")
 #: Of a normal distribution, for intervals of 95 %.
 Z95: Final = 1.959964
 #: Groups of clusters that are left out in turn where the metric is not a mean over items.
@@ -195,9 +197,15 @@ def chance_of(document: Mapping[str, Any]) -> float | None:
 
 
 def _unparsed(rows: Sequence[ScoredItem]) -> int:
+    """Replies in which no answer was read."""
     return sum(
-        row.prediction is not None and row.item.has_gold and row.extracted is None and not row.score for row in rows
+        row.prediction is not None and row.item.has_gold and not row.score and _is_nothing(row.extracted)
+        for row in rows
     )
+
+
+def _is_nothing(extracted: object) -> bool:
+    return extracted is None or (isinstance(extracted, str | list) and (not extracted or extracted in _NOTHING))
 
 
 def _share(part: int, total: int) -> float:

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
+from rich.console import Console
 from rich.table import Table
 
 from keye.commands.shared.show import stdout
 from keye.units import plural
 
+#: Characters of a line where standard output is not a terminal.
+_WIDTH: Final = 160
+
 
 def print_results(results: Sequence[Mapping[str, Any]]) -> None:
-    """A row for each scorer of each task, and below what has to be known to read it."""
-    console = stdout()
-    table = Table(box=None, pad_edge=False)
-    for name in ("task", "scorer", "metric"):
-        table.add_column(name, no_wrap=True)
-    for name in ("value", "95 %", "n", "unparsed", "random", "judge"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """A row for each scorer of each task, and below what has to be known to read it. Columns that say nothing are left
+    out."""
+    rows = []
     for result in results:
         for number, (scorer, figures) in enumerate(result["scorers"].items()):
-            table.add_row(
-                result["task"] if not number else "", scorer, figures["metric"], _value(figures),
-                _interval(figures["interval"]), f"{figures['n']:,}", _percent(figures["unparsed"]),
-                _percent(figures["random"]), _percent(figures["judge_needed"]),
-            )  # fmt: skip
-    console.print(table)
+            rows.append({
+                "task": result["task"] if not number else "", "scorer": scorer, "metric": figures["metric"],
+                "value": _value(figures), "95 %": _interval(figures["interval"]), "n": f"{figures['n']:,}",
+                "unparsed": _percent(figures["unparsed"]), "random": _percent(figures["random"]),
+                "judge needed": _percent(figures["judge_needed"]),
+            })  # fmt: skip
+    console = _console()
+    console.print(_table(rows, texts=("task", "scorer", "metric")))
     for result in results:
         for line in _lines(result):
             console.print(f"{result['task']}: {line}", soft_wrap=True)
+
+
+def _console() -> Console:
+    """A console for results; a file or pipe has room for all columns."""
+    console = stdout()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDTH)
+    return console
+
+
+def _table(rows: Sequence[Mapping[str, str]], texts: Sequence[str]) -> Table:
+    """The rows without columns that are empty in all of them. Numbers are never cut; names of `texts` are folded."""
+    table = Table(box=None, pad_edge=False)
+    names = [name for name in (rows[0] if rows else ()) if any(row[name] not in ("", "-") for row in rows)]
+    for name in names:
+        if name in texts:
+            table.add_column(name, overflow="fold")
+        else:
+            width = max(len(name), *(len(row[name]) for row in rows))
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
 
 
 def _lines(result: Mapping[str, Any]) -> list[str]:
@@ -56,19 +81,18 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
 
 def print_comparison(data: Mapping[str, Any]) -> None:
     """The difference by every scorer, and what differs besides the model."""
-    console = stdout()
-    table = Table(box=None, pad_edge=False)
-    table.add_column("scorer", no_wrap=True)
-    for name in ("first", "second", "difference", "95 %", "first better", "second better", "equal"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for scorer, row in data["scorers"].items():
-        table.add_row(
-            scorer, f"{row['first']:.2f}", f"{row['second']:.2f}", f"{row['difference']:+.2f}",
-            _interval(row["interval"], signed=True), f"{row['first_better']:,}", f"{row['second_better']:,}",
-            f"{row['equal']:,}",
-        )  # fmt: skip
+    rows = [
+        {
+            "scorer": scorer, "first": f"{row['first']:.2f}", "second": f"{row['second']:.2f}",
+            "difference": f"{row['difference']:+.2f}", "95 %": _interval(row["interval"], signed=True),
+            "first better": f"{row['first_better']:,}", "second better": f"{row['second_better']:,}",
+            "equal": f"{row['equal']:,}",
+        }
+        for scorer, row in data["scorers"].items()
+    ]  # fmt: skip
+    console = _console()
     console.print(f"{data['task']}: {plural(data['items'], 'item')} in both results")
-    console.print(table)
+    console.print(_table(rows, texts=("scorer",)))
     only = data["only_first"] + data["only_second"]
     if only:
         console.print(
