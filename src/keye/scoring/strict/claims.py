@@ -30,12 +30,13 @@ _OPENS_WITH_LETTER = re.compile(r"[\W_]*[A-Za-z]")
 
 _LEADS = any_of(
     "but so thus hence therefore because since while whereas though although rather_than instead_of"
-    " unlike not yet which"
+    " unlike yet which"
     " that_leaves leaving however even_if even_though"
 )
 _CLAUSE = re.compile(
-    r"[,、]+\s*(?:and |or |but |so )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->|(?<=[\w)\]'\"])\s*[(\[](?=[A-Za-z]{2})"
-    rf"|\s+(?={_LEADS}\b)|(?<=[A-Za-z0-9\u4e00-\u9fff])(?=因为|而不是|而是|所以|因此)",
+    r"[,、]+\s*(?:and |or )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->|(?<=[\w)\]'\"])\s*[(\[](?=[A-Za-z]{2}|I )"
+    rf"|\s+(?={_LEADS}\b)|\s+(?=not\s+(?:option |choice )?[(\"']?[A-Za-z](?![{_W}]))"
+    rf"|(?<=[A-Za-z0-9\u4e00-\u9fff])(?=因为|而不是|而是|所以|因此)",
     re.IGNORECASE,
 )
 _SUBORDINATE = re.compile(
@@ -80,7 +81,8 @@ _HEDGE = re.compile(
 _CORRECTION = re.compile(
     r"[\s\"'(\-]*(?:(?:oh|hmm+|but|and|well|ah)[\s,]+)*(?:"
     + any_of(
-        r"wait actually correction on_second_thoughts? on_reflection sorry scratch_that let_me_(?:re"
+        r"wait actually oops my_(?:mistake|bad) i_meant correction on_second_thoughts? on_reflection sorry"
+        r" scratch_that let_me_(?:re"
         r"|correct)\w* in_fact"
         r" after_re\w* after_checking instead(?!_of) i_(?:was|am)_wrong i_made checking_again looking_again"
         r" re-?checking"
@@ -123,13 +125,14 @@ _EXPLICIT_BEFORE = re.compile(
     r"|\b(?:final |correct |right |best |my )*(?:answer|ans|answer choice)\.?\s*"
     rf"|\b(?:it|this|that)(?:'s| is| must be| has to be| should be| would be)\s*(?:{_ADVERB}\s*)*{_NAME}?"
     r"|\bi(?:'d| would| will|'ll|'m| am)?\s*(?:(?:also|still|have to|therefore|would|rather|finally|now)\s+)*"
-    r"(?:choose|pick|select|say|guess|answer|go(?:ing)? (?:with|for)|vote for|opt for|think|believe|chose"
+    r"(?:choose|pick|select|say|mean|meant|guess|answer|go(?:ing)? (?:with|for)|vote for|opt for|think|believe|chose"
     r"|picked|selected"
     r"|lean(?:ing)? towards?|settle (?:on|for))"
     rf"\s*(?:(?:that )?(?:it(?:'s| is)|the answer(?:'s| is))\s*)?{_NAME}*"
     rf"|\b(?:choose|select|pick|choosing|selecting|picking|go(?:ing)? (?:with|for))\s*{_NAME}*"
     rf"|\b(?:must|has to|have to|should|got to) be\s*{_NAME}?"
-    r"|选(?:择|项)?(?:了|的是)?[\s:]*|答案[\s:]*|本题[\s:]*"
+    r"|\b(?:je choisis|ich w\u00e4hle|elijo|escolho|scelgo|выбираю)\s*|选(?:择|项)?(?:了|的是)?[\s:]*"
+    r"|答案[\s:]*|本题[\s:]*"
     rf"){_OPENING}$",
     re.IGNORECASE,
 )
@@ -154,7 +157,7 @@ _LINK_BEFORE = re.compile(
 )
 _LIKELY_BEFORE = re.compile(
     r"\b"
-    + any_of("most_likely likely probably definitely certainly surely clearly obviously")
+    + any_of("most_likely likely probably definitely certainly surely clearly obviously finally ultimately")
     + rf"\s*{_NAME}?{_OPENING}$",
     re.IGNORECASE,
 )
@@ -168,7 +171,8 @@ _CORRECT_AFTER = re.compile(
     rf"[\s\"')\]}}.,:>\-]*(?:{_LINK_VERB}"
     + any_of("correct right best better true answer yes accurate one winner my_(?:final_)?(?:answer|choice|pick)")
     + (
-        r"\b|\s*(?:[✓✔✅]|it is\b)|\s*(?:is|seems|looks) (?:the )?most (?:plausible|likely|probable)\b"
+        r"\b|\s*(?:[✓✔✅]|it is\b)|\s+(?:is|does)\s*$|\s*(?:is|seems|looks) (?:the )?most (?:plausible|likely"
+        r"|probable)\b"
         r"|\s*(?:选?项)?(?:是|才是|最|更|为)?(?:正确|对|符合|合适|合理|答案)|\s*が正)"
     ),
     re.IGNORECASE,
@@ -217,7 +221,7 @@ _ENDS_NAME = re.compile(
     re.IGNORECASE,
 )
 _ENDS_CLAUSE = re.compile(
-    r"[\s.\"')\]}>*_:,」]*(?:です|だ|番|번|입니다|이다|\(?\d{1,3}\s?%\)?|"
+    r"[\s.\"')\]}>*_:,」]*(?:です|だ|番|번?입니다|번|이다|\(?\d{1,3}\s?%\)?|"
     + any_of(
         "to_me here then instead for_me for_sure i_think i_guess i_believe i_would_say in_my_(?:opinion|view) indeed"
     )
@@ -227,7 +231,7 @@ _ENDS_CLAUSE = re.compile(
 _LABELS = re.compile(
     r"\b"
     + any_of("the option options choice choices letter letters both either and or maybe statement statements to")
-    + r"\b|选项|项|和|或|与|及",
+    + r"\b|选项|项|和|或者?|还是|以?及|与",
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"[^\W_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -256,11 +260,13 @@ _MOST_LIKELY = re.compile(r"\bmost (?:plausible|likely|probable|possible)\b", re
 
 @dataclass(frozen=True)
 class Claim:
-    """What a clause says of a letter. `order` counts clauses; `corrects` says that it takes back what came before."""
+    """What a clause says of a letter. `order` counts clauses, `sentence` sentences; `corrects` says that it takes back
+    what came before."""
 
     letter: str
     strength: int
     order: int
+    sentence: int
     corrects: bool
 
 
@@ -282,7 +288,7 @@ def read_claims(text: str, letters: str) -> Iterator[Claim]:
     items = [match[1].upper() if (match := _ITEM.match(segment)) else "" for segment, _ in segments]
     is_list = len({item for item in items if item and item in letters}) > 1
     order, corrects = 0, False
-    for (segment, is_question), item in zip(segments, items, strict=True):
+    for sentence, ((segment, is_question), item) in enumerate(zip(segments, items, strict=True)):
         if _CORRECTION.match(segment):
             corrects = True
         if not _LETTER.search(segment):
@@ -290,7 +296,7 @@ def read_claims(text: str, letters: str) -> Iterator[Claim]:
         if is_list and item and item in letters:
             order += 1
             if strength := _judge_item(segment):
-                yield Claim(item, strength, order, corrects)
+                yield Claim(item, strength, order, sentence, corrects)
             continue
         context = _Context()
         for clause in _CLAUSE.split(segment):
@@ -302,7 +308,7 @@ def read_claims(text: str, letters: str) -> Iterator[Claim]:
                 if is_question:
                     strength = HEDGED
                 is_turn = strength >= EXPLICIT and bool(_TURN.match(clause) or _TURN.match(segment))
-                yield Claim(letter, strength, order, corrects or is_turn)
+                yield Claim(letter, strength, order, sentence, corrects or is_turn)
                 corrects = False
 
 

@@ -140,12 +140,12 @@ def _read_answer(text: str, options: _Options) -> str | None:
 
 
 def _read_reasoning(text: str, options: _Options) -> str | None:
-    """The conclusion of a reply that has nothing but reasoning: what its last clause that names a letter says."""
+    """The conclusion of a reply that has nothing but reasoning: what its last sentence that names a letter says."""
     claims = list(read_claims(_without_echo(simplify_han(to_plain(text)), options), options.letters))
     if not claims:
         return None
     letter = _decide(claims) if any(claim.strength >= EXPLICIT for claim in claims) else None
-    return letter or _decide([claim for claim in claims if claim.order == claims[-1].order])
+    return letter or _decide([claim for claim in claims if claim.sentence == claims[-1].sentence])
 
 
 def _bound(letter: str, options: _Options) -> str | None:

@@ -52,6 +52,8 @@ _LINKS = r"-|~|\bto\b|\bthrough\b|\buntil\b|\btill\b|\bbis\b|\u00e0|\ba\b|\bhast
 _LINK_AFTER = re.compile(rf"\s{{0,2}}(?:(?:s|secs?|seconds?|秒)\b)?\s{{0,2}}(?:{_LINKS})", re.IGNORECASE)
 _LINK_BEFORE = re.compile(rf"(?:{_LINKS})\s{{0,2}}$", re.IGNORECASE)
 _DOTS = re.compile(r"(?<=\d)[ \t]?\.{2,4}[ \t]?(?=\d)")
+_AND_A_HALF = re.compile(r"(?<![\d.])(\d{1,4}) and a half\b", re.IGNORECASE)
+_MINUTE_HALF = re.compile(r"(?<![\d.])(\d{1,4})分钟?半")
 _ORDINAL = re.compile(r"(?<![\w.])(\d{1,5})(?:st|nd|rd|th)\b")
 _NO_TIMES = re.compile(
     r"(?<!\d)\d{4}[-/.]\d{1,2}[-/.]\d{1,2}(?!\d)|(?<!\d)\d{1,2}[/.]\d{1,2}[/.]\d{4}(?!\d)"
@@ -124,6 +126,7 @@ def spell_digits(text: str, duration: float | None) -> str:
     """The text with numbers in words as digits, decimal commas as points, thousands without commas, and without dates,
     fractions and marks of lists."""
     text = spell_han(spell_english_numbers(text))
+    text = _AND_A_HALF.sub(r"\1.5", _MINUTE_HALF.sub(r"\1分30秒", text))
     text = _ORDINAL.sub(r"\1", _DOTS.sub(" - ", text))
     text = _NO_TIMES.sub(lambda match: " " if match[0].strip() else match[0], text)
     if "," in text:
@@ -234,7 +237,7 @@ def _read_time(match: re.Match[str], duration: float | None) -> Time | None:
     value = float(match["n"])
     if match["percent"]:
         return None if duration is None else Time(start, end, value / 100 * duration, False, is_share=True)
-    return Time(start, end, value, "." in match["n"] or "e" in match["n"].lower(), is_bare=True)
+    return Time(start, end, value, not match["n"].rstrip(".").isdigit(), is_bare=True)
 
 
 def _is_time(text: str, match: re.Match[str], time: Time) -> bool:
