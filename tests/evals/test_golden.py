@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from keye.errors import KeyeError
 from tests.support.golden_evals import GoldenFile, check_file, is_marked, iter_differences
 
 #: So many differences are listed for a file.
@@ -63,3 +64,13 @@ def test_an_unknown_implementation_is_a_difference_that_says_so(tmp_path: Path) 
     outcome = check_file(GoldenFile(tmp_path / "x.jsonl"), "unknown")
     assert outcome.counts == {"passed": 0, "failed": 1, "skipped": 0}
     assert "'unknown' does not score x (item)" in outcome.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "line 2: not JSON"), ("3", "line 2: not an object"), ('{"id": "x"}', "line 2: lacks task")],
+)
+def test_a_broken_line_of_golden_data_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(f"\n{text}\n", encoding="utf-8")
+    with pytest.raises(KeyeError, match=message):
+        _ = GoldenFile(tmp_path / "x.jsonl").implementations

@@ -42,6 +42,8 @@ class GoldenFile:
                 line = json.loads(text)
             except ValueError as error:
                 raise KeyeError(f"{self.path}, line {number}: not JSON: {error}") from None
+            if not isinstance(line, dict):
+                raise KeyeError(f"{self.path}, line {number}: not an object")
             lacking = [name for name in ("id", "task", "kind", "input", "official") if name not in line]
             if lacking:
                 raise KeyeError(f"{self.path}, line {number}: lacks {', '.join(lacking)}")
