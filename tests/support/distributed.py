@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from keye.config.toml import to_toml
@@ -18,6 +20,8 @@ from keye.train.recipes.family.recipe import FamilyRecipe
 from tests.support.family import family_stage, talk, write_rows
 from tests.support.tiny import tiny_folder
 
+#: A minute of processor time each.
+LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
 ROWS = [talk("What is shown? " * (1 + number % 5), f"red circle {number % 7}") for number in range(60)]
 
 

@@ -1,15 +1,19 @@
 """Runs of several processes have the losses of one with the same batches, whichever way the model is divided."""
 
-import os
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from keye.config import ConfigError
+from keye.config import ConfigError, model_config_from_dict
+from keye.models.load import save_model
 from keye.train.config import LoraSettings, ParallelSettings
 from keye.train.mesh import check_sizes
 from keye.train.recipes.family.batches import features_folder
+from keye.train.recipes.nano.initialise import fresh_model
 from tests.support.distributed import (
+    LONG,
     largest_difference,
     picture_stage,
     read_log,
@@ -18,12 +22,10 @@ from tests.support.distributed import (
     torchrun,
     train_text,
 )
+from tests.support.tiny import tiny_folder, tiny_raw
 from tests.support.training import weights
 
 SHARDED = ParallelSettings(shard=True)
-
-#: A minute of processor time each.
-LONG = pytest.mark.skipif(not os.environ.get("KEYE_LONG_TESTS"), reason="set KEYE_LONG_TESTS=1: minutes each")
 
 
 def test_two_processes_that_share_the_weights_have_the_losses_of_one(tmp_path: Path) -> None:
@@ -65,6 +67,19 @@ def test_torchrun_has_the_losses_of_one_process(tmp_path: Path, dtype, tolerance
 
 @LONG
 @pytest.mark.slow
+def test_experts_that_lie_in_memory_as_decoding_likes_them_are_divided(tmp_path: Path) -> None:
+    raw = tiny_raw() | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4096}
+    model, stage = tiny_folder(tmp_path / "model", weights=False), text_stage(tmp_path, steps=2)
+    (model / "config.json").write_text(json.dumps(raw))
+    save_model(fresh_model(model_config_from_dict(raw), 0), model, dtype=torch.bfloat16)
+    options = {"fresh": False, "dtype": "bfloat16"}
+    alone = train_text(text_run(tmp_path, "one", stage, **options))
+    shared = train_text(text_run(tmp_path, "two", stage, processes=2, parallel=SHARDED, **options))
+    assert largest_difference(alone, shared) < 1e-2
+
+
+@LONG
+@pytest.mark.slow
 def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path) -> None:
     stage = text_stage(tmp_path, steps=8, trains="all", attention="sparse")
     config = text_run(tmp_path, "one", stage)
@@ -88,7 +103,7 @@ def test_processes_that_divide_the_experts_have_the_losses_of_one(tmp_path: Path
 ])  # fmt: skip
 def test_sizes_that_do_not_divide(fields, message) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_sizes(ParallelSettings(**fields), 4, 6)
+        check_sizes(ParallelSettings(**fields), 4, model_config_from_dict(tiny_raw() | {"num_experts": 6}).text)
 
 
 @LONG

@@ -205,10 +205,19 @@ class MoE(Layer):
         mix = getattr(self.experts, "mix", None)  # what stands in place of the experts need not have it
         if mix is not None and (mixed := mix(x, weights, chosen)) is not None:
             return mixed
-        token_of_row, row_of_slot, sizes = plan_rows(chosen, self.gate.weight.shape[0])
-        y = self.experts(Dispatch.apply(x, token_of_row, row_of_slot), sizes)
-        out: Tensor = Combine.apply(y, weights.to(x.dtype), row_of_slot, token_of_row, self.elementwise.weighted_sum)
-        return out
+        count = self.gate.weight.shape[0]
+        return mix_by_rows(self.experts, x, weights, chosen, count, self.elementwise.weighted_sum)
+
+
+def mix_by_rows(
+    experts: Callable[[Tensor, list[int]], Tensor], x: Tensor, weights: Tensor, chosen: Tensor, count: int,
+    weighted_sum: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """As `MoE.mix`, of `count` experts that take rows of tokens and the number of rows of each expert."""
+    token_of_row, row_of_slot, sizes = plan_rows(chosen, count)
+    y = experts(Dispatch.apply(x, token_of_row, row_of_slot), sizes)
+    out: Tensor = Combine.apply(y, weights.to(x.dtype), row_of_slot, token_of_row, weighted_sum)
+    return out
 
 
 def plan_rows(chosen_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -258,7 +267,7 @@ class Combine(torch.autograd.Function):
         weighted_sum: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(y, weights, row_of_slot, token_of_row)
-        return weighted_sum(y.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, -1), weights)
+        return weighted_sum(y.index_select(0, row_of_slot.flatten()).view(*row_of_slot.shape, y.shape[1]), weights)
 
     @staticmethod
     @once_differentiable

@@ -138,6 +138,8 @@ class ParallelSettings(Settings):
     """Processes that divide the experts of a layer."""
     context: int = Field(default=1, gt=0)
     """Processes that divide the tokens of a batch."""
+    tensor: int = Field(default=1, gt=0)
+    """Processes that divide the heads, widths and experts of each layer."""
 
 
 class GuardSettings(Settings):
@@ -237,6 +239,9 @@ class TrainConfig(Settings):
             raise ValueError(f"processes is {self.processes}, but several processes train on the cpu only; set it to 1")
         if self.quant is not None and self.lora is None:
             raise ValueError(f'quant is "{self.quant}", but quantised weights cannot be trained; add [lora]')
+        if self.lora is not None and self.parallel.tensor > 1:
+            raise ValueError(f"parallel.tensor is {self.parallel.tensor}, but it divides the weights that an adapter "
+                             "belongs to; leave it out with [lora]")  # fmt: skip
         return self
 
     def resolve(self, folder: Path) -> Self:

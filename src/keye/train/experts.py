@@ -14,21 +14,33 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from keye.models.layers import Layer
-from keye.models.moe import Experts, MoE, run_experts
+from keye.models.moe import Experts, MoE, mix_by_rows, run_experts
+from keye.train.collectives import gather_rows
 
 
 class DividedExperts(Layer):
     """In place of `Experts`, under the same names: rows go to the process that has their expert, and come back."""
 
-    def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
-        """`mesh` has the dimensions "replica", whose processes hold the same experts, and "expert"."""
+    def __init__(self, experts: Experts, mesh: DeviceMesh, tensors: DeviceMesh | None) -> None:
+        """`mesh` has the dimensions "replica", whose processes hold the same experts, and "expert"; `tensors` the
+        dimension "tensor", whose processes have the same tokens."""
         super().__init__()
-        self.elementwise = experts.elementwise
-        self.group, self.processes = mesh.get_group("expert"), mesh.size(1)
+        self.elementwise, self.count = experts.elementwise, len(experts.down_proj)
+        self.group, self.processes, self.tensors = mesh.get_group("expert"), mesh.size(1), tensors
         for name in ("gate_up_proj", "down_proj"):
             p = getattr(experts, name)
             part = distribute_tensor(p.detach(), mesh, [Replicate(), Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(part, requires_grad=p.requires_grad))
+
+    def mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor | None:
+        """As `Experts.mix`: each process that has the same tokens sends a share of them; None where no other has."""
+        if self.tensors is None:
+            return None
+        number, parts = self.tensors.get_local_rank("tensor"), self.tensors.size(1)
+        stops = [len(x) * (part + 1) // parts for part in range(parts)]
+        own = slice([0, *stops][number], stops[number])
+        mixed = mix_by_rows(self, x[own], weights[own], chosen[own], self.count, self.elementwise.weighted_sum)
+        return gather_rows(stops, number, self.tensors.get_group("tensor"), mixed)
 
     def forward(self, x: Tensor, sizes: list[int]) -> Tensor:
         """`x` [rows, d] sorted by expert, `sizes` rows of each of the E experts -> [rows, d]."""
@@ -46,12 +58,12 @@ class DividedExperts(Layer):
         return cast(Tensor, Exchange.apply(y[back], in_splits, out_splits, self.group))
 
 
-def divide_experts(model: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:
-    """Divides the experts of all layers; returns their parameters."""
+def divide_experts(model: nn.Module, mesh: DeviceMesh, tensors: DeviceMesh | None) -> set[nn.Parameter]:
+    """Divides the experts of all layers; returns their parameters. Meshes as in `DividedExperts`."""
     divided: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = DividedExperts(module.experts, mesh)  # type: ignore[assignment]
+            module.experts = DividedExperts(module.experts, mesh, tensors)  # type: ignore[assignment]
             divided |= set(module.experts.parameters())
     return divided
 

@@ -98,7 +98,7 @@ class Run:
         except BaseException:
             self.close()
             raise
-        self.meter = Meter(self.model, group, config)
+        self.meter = Meter(self.model, group, config, self.mesh.mates)
 
     def __enter__(self) -> Run:
         return self

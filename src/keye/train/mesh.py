@@ -17,38 +17,47 @@ from functools import partial
 from typing import Any, Final, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from keye.config import ConfigError, KeyeConfig
+from keye.config import ConfigError, KeyeConfig, TextConfig
 from keye.models.keye import KeyeModel
 from keye.models.quant_fill import quantized_weights
+from keye.train.collectives import Gather, add_up, gather_rows
 from keye.train.config import ParallelSettings
 from keye.train.experts import divide_experts
 from keye.train.packed import RowShare
 from keye.train.parallel import Group, join_tensor
+from keye.train.tensor import check_heads, choose_cut, divide_heads
 from keye.train.tree import IGNORE
 
 #: Parameters of fewer numbers stay whole in every process.
 LEAST_NUMBERS: Final = 1 << 13
-# Their names in torch 2.13; older ones warn there.
-_all_gather: Final = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Final = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def check_sizes(settings: ParallelSettings, size: int, experts: int) -> None:
-    """`ConfigError` where `size` processes, or a model's number of experts in a layer, cannot be divided as the
-    settings say."""
-    for name, parts in (("context", settings.context), ("expert", settings.expert)):
+def check_sizes(settings: ParallelSettings, size: int, text: TextConfig, *, shards: bool = False) -> None:
+    """`ConfigError` where `size` processes, or a decoder's heads, widths and experts, cannot be divided as the settings
+    say; with `shards` also what each process has of them."""
+    for name in ("context", "tensor", "expert"):
+        parts = getattr(settings, name)
         if size % parts:
             raise ConfigError(f"parallel.{name} is {parts}, which does not divide the {size} processes of the run; "
                               "start a multiple of it")  # fmt: skip
+    if size % (parts := settings.context * settings.tensor):
+        raise ConfigError(f"parallel.context times parallel.tensor is {parts}, which does not divide the {size} "
+                          "processes of the run; start a multiple of it")  # fmt: skip
+    experts = text.num_experts or 0
     if experts % settings.expert or (settings.expert > 1 and not experts):
         raise ConfigError(f"parallel.expert is {settings.expert}, which does not divide the {experts} experts of a "
                           "layer; choose a divisor")  # fmt: skip
+    if settings.tensor > 1:
+        check_heads(settings.tensor, text, divides_experts=settings.expert == 1)
+        if shards and text.hidden_size % (parts := size // settings.tensor):
+            raise ConfigError(f"parallel.shard with parallel.tensor = {settings.tensor} divides the hidden_size "
+                              f"{text.hidden_size} among {parts} processes, which does not go evenly; start a divisor "
+                              f"of it times {settings.tensor}, or set shard = false")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,38 +75,59 @@ class Mesh:
         self, settings: ParallelSettings, group: Group, config: KeyeConfig, device: torch.device, shards: bool
     ) -> None:  # fmt: skip
         """`shards`: the processes divide all weights, not those of `settings` alone."""
-        check_sizes(settings, group.size, config.text.num_experts or 0)
-        self.group, self.device, self.context = group, device, settings.context
-        self.data_rank, self.data_size = group.rank // settings.context, group.size // settings.context
+        check_sizes(settings, group.size, config.text, shards=shards)
+        self.group, self.device, self.context, self.tensor = group, device, settings.context, settings.tensor
+        #: Processes that learn from the same packs.
+        self.mates = settings.context * settings.tensor
+        self.data_rank, self.data_size = group.rank // self.mates, group.size // self.mates
         self.shards = shards and group.size > 1
         self.mesh: DeviceMesh | None = None
         self._gathered: list[Place] = []
         self._rows, self._anchor = (0, 0, 0), cast(Tensor | float, 0.0)
         self._whole_anchor: Tensor | float = 0.0
         self.contexts: DeviceMesh | None = None
+        self.tensors: DeviceMesh | None = None
         self.experts: DeviceMesh | None = None
         if settings.expert > 1:
-            sizes = group.size // settings.expert, settings.expert
+            sizes: tuple[int, ...] = (group.size // settings.expert, settings.expert)
             self.experts = init_device_mesh(device.type, sizes, mesh_dim_names=("replica", "expert"))
         if settings.context > 1:
-            names = ("data", "context")
-            self.contexts = init_device_mesh(device.type, (self.data_size, settings.context), mesh_dim_names=names)
+            sizes, names = (self.data_size, settings.context, settings.tensor), ("data", "context", "tensor")
+            self.contexts = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        if settings.tensor > 1:
+            sizes = group.size // settings.tensor, settings.tensor
+            self.tensors = init_device_mesh(device.type, sizes, mesh_dim_names=("replica", "tensor"))
         if self.shards:
             self.mesh = init_device_mesh(device.type, (group.size,), mesh_dim_names=("shard",))
 
     def divide(self, model: KeyeModel) -> None:
         """Divides the parameters of a model that every process holds whole. Quantised models stay whole: what is
         trained on them is an adapter."""
+        if self.mates > 1:
+            model.model.register_forward_hook(self._set_anchor)
         if self.context > 1:
             self._divide_tokens(model)
-        divided = set() if self.experts is None else divide_experts(model, self.experts)
-        if self.mesh is None or quantized_weights(model):
-            return
+        if self.group.size > 1:
+            for p in model.model.parameters():  # experts lie in memory as decoding likes them, which FSDP2 refuses
+                p.data = p.data.contiguous()
+        heads = set() if self.tensors is None else self._divide_heads(model, self.tensors)
+        experts = set() if self.experts is None else divide_experts(model, self.experts, self.tensors)
+        if self.shards and not quantized_weights(model):
+            self._divide_all(model, heads, experts)
+
+    def _divide_all(self, model: KeyeModel, heads: set[nn.Parameter], experts: set[nn.Parameter]) -> None:
+        """Divides weights among all processes: in decoder layers those of `heads`, the matrices of which a tensor group
+        has parts, among these groups; without any, all but those of `experts`."""
+        assert self.mesh is not None
         # Gradients are summed in float32 and not averaged: a loss is divided by the count of all processes.
         options: dict[str, Any] = {"mesh": self.mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        if self.tensors is not None:
+            choose = partial(choose_cut, width=model.config.text.hidden_size)
+            options |= {"mesh": self.tensors["replica"], "shard_placement_fn": choose}
         decoder: Any = model.model
         for layer in decoder.layers:
-            fully_shard(layer, ignored_params=divided & set(layer.parameters()), **options)
+            own = set(layer.parameters())
+            fully_shard(layer, ignored_params=own - heads if heads else own & experts, **options)
             layer.set_force_sum_reduction_for_comms(True)  # gloo knows sums alone
             layer.set_gradient_divide_factor(1.0)
         inside = {id(p) for layer in decoder.layers for p in layer.parameters()}
@@ -131,10 +161,13 @@ class Mesh:
             yield Place(tuple(places), part)
 
     def anchor(self) -> Tensor | float:
-        """Zero, to be added to the loss after the forward pass: with a gradient for all tokens of this process, whose
-        keys others have attended to, even where it learns from none of them."""
+        """Zero, to be added to the loss after the forward pass: with a gradient for the hidden states of this process,
+        which others have used, even where it learns from no token."""
         anchor, self._anchor = self._anchor, 0.0
         return anchor
+
+    def _set_anchor(self, module: nn.Module, arguments: Any, hidden: Tensor) -> None:
+        self._anchor = hidden[:1].sum() * 0.0 if hidden.requires_grad else 0.0
 
     @contextmanager
     def gathered(self, model: KeyeModel) -> Iterator[Tensor | float]:
@@ -177,7 +210,7 @@ class Mesh:
     def _divide_tokens(self, model: KeyeModel) -> None:
         """Has each process of a context group compute its part of the tokens between embeddings and head."""
         assert self.contexts is not None
-        group, parts, number = self.contexts.get_group("context"), self.context, self.group.rank % self.context
+        group, parts, number = self.contexts.get_group("context"), self.context, self._context_rank
 
         def cut(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             x, position_ids, step = arguments
@@ -190,80 +223,32 @@ class Mesh:
 
         def widen(module: nn.Module, arguments: tuple[Any, ...], hidden: Tensor) -> Tensor:
             start, stop, tokens = self._rows
-            self._anchor = hidden.flatten()[0] * 0.0 if hidden.requires_grad else 0.0
             return nn.functional.pad(hidden, (0, 0, start, tokens - stop))
 
         model.model.register_forward_pre_hook(cut)
         model.model.register_forward_hook(widen)
 
+    def _divide_heads(self, model: KeyeModel, mesh: DeviceMesh) -> set[nn.Parameter]:
+        """Has each process of a tensor group compute its heads, widths and experts of all layers. Returns the matrices
+        that `_divide_all` may divide further."""
+
+        def share(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            arguments[2].copies = self.tensor
+
+        model.model.register_forward_pre_hook(share)
+        return divide_heads(model, mesh, divides_experts=self.experts is None, shards=self.shards)
+
+    @property
+    def _context_rank(self) -> int:
+        return self.group.rank // self.tensor % self.context
+
     def keep_own_labels(self, micro: Any) -> Any:
         """A micro-batch in which this process learns from its own tokens alone."""
-        if self.context == 1:
+        if self.mates == 1:
             return micro
-        tokens, number = len(micro.labels), self.group.rank % self.context
+        tokens, number = len(micro.labels), self._context_rank
         start, stop = (tokens * part // self.context for part in (number, number + 1))
+        own = slice(start + self.group.rank % self.tensor, stop, self.tensor)
         labels = torch.full_like(micro.labels, IGNORE)
-        labels[start:stop] = micro.labels[start:stop]
+        labels[own] = micro.labels[own]
         return replace(micro, labels=labels)
-
-
-class Gather(torch.autograd.Function):
-    """The whole [n, ...] of a tensor of which each process has a part; the gradient is summed in float32 and cut."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, n: int, size: int) -> Tensor:
-        ctx.rows, ctx.size, ctx.dtype = part.shape[0], size, part.dtype
-        most = -(-n // size)
-        padded = part.new_zeros(most, *part.shape[1:])
-        padded[: part.shape[0]] = part
-        full = part.new_empty(most * size, *part.shape[1:])
-        _all_gather(full, padded)
-        return full[:n]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        most = -(-grad.shape[0] // ctx.size)
-        padded = grad.new_zeros(most * ctx.size, *grad.shape[1:], dtype=torch.float32)
-        padded[: grad.shape[0]] = grad
-        part = padded.new_empty(most, *grad.shape[1:])
-        _reduce_scatter(part, padded)
-        return part[: ctx.rows].to(ctx.dtype), None, None
-
-
-def add_up(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
-    """The sum of a tensor over the processes of a group, without gradients."""
-    total = tensor.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total
-
-
-def gather_rows(stops: list[int], number: int, group: dist.ProcessGroup, rows: Tensor) -> Tensor:
-    """All rows of a tensor of which process `number` has those up to `stops[number]`."""
-    return cast(Tensor, GatherRows.apply(rows, stops, number, group))
-
-
-class GatherRows(torch.autograd.Function):
-    """Rows of all processes, in order; the gradient of each goes back to the process that has it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, stops: list[int], number: int, group: dist.ProcessGroup) -> Tensor:
-        starts = [0, *stops[:-1]]
-        ctx.places, ctx.number, ctx.group = list(zip(starts, stops, strict=True)), number, group
-        most = max(stop - start for start, stop in ctx.places)
-        padded = rows.new_zeros(most, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        full = rows.new_empty(most * len(stops), *rows.shape[1:])
-        _all_gather(full, padded, group=group)
-        pieces = full.split(most)
-        return torch.cat([piece[: stop - start] for piece, (start, stop) in zip(pieces, ctx.places, strict=True)])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        most = max(stop - start for start, stop in ctx.places)
-        padded = grad.new_zeros(most * len(ctx.places), *grad.shape[1:], dtype=torch.float32)
-        for piece, (start, stop) in zip(padded.split(most), ctx.places, strict=True):
-            piece[: stop - start] = grad[start:stop]
-        mine = padded.new_empty(most, *grad.shape[1:])
-        _reduce_scatter(mine, padded, group=ctx.group)
-        start, stop = ctx.places[ctx.number]
-        return mine[: stop - start].to(grad.dtype), None, None, None

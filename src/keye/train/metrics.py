@@ -27,9 +27,10 @@ class Meter:
     """Counts what steps learn from; `take` returns rates since its last call and starts again. Rates are of all
     processes together, memory is that of the process that uses most."""
 
-    def __init__(self, model: KeyeModel, group: Group, run: TrainConfig) -> None:
+    def __init__(self, model: KeyeModel, group: Group, run: TrainConfig, mates: int = 1) -> None:
+        """`mates` processes have the same packs."""
         self.group, self.model, self.device = group, model, model.device
-        self.peak, self.dtype = run.peak_flops, run.dtype
+        self.mates, self.peak, self.dtype = mates, run.peak_flops, run.dtype
         self._start = time.monotonic()
         self._counts: dict[str, float] = defaultdict(float)
         self._waited, self._begin = 0.0, time.monotonic()
@@ -44,7 +45,7 @@ class Meter:
     def count(self, figures: Mapping[str, float]) -> None:
         """Adds the figures of a step's batch: `tokens`, `frames` and `patches` are amounts."""
         for name in ("tokens", "frames", "patches"):
-            self._counts[name] += figures.get(name, 0.0)
+            self._counts[name] += figures.get(name, 0.0) / self.mates
 
     def take(self, steps: int) -> dict[str, float]:
         """The figures of the `steps` steps since the last call."""

@@ -81,18 +81,19 @@ class TreeStep:
         self.topk = topk or (config.sparse.topk if config.sparse is not None else 0)
         rows = tuple(tuple(int(number) for number in row) for row in segments.tolist())
         self.segments, self.measure_recall = link_segments(rows), measure_recall
-        self.groups = 1 if config.latent is not None else config.num_key_value_heads
         self.hint_losses: dict[str, Tensor] = {}
         self.indexer: dict[int, SparseFigures] = {}
         self.routers: dict[int, RouterFigures] = {}
         self.hidden: dict[int, Tensor] = {}
         self._inside: Tensor | None = None
         self.share: RowShare | None = None
+        #: Processes that have some heads each of the same tokens, and the same routers.
+        self.copies = 1
 
     @property
     def parts(self) -> int:
-        """How many processes divide the pack."""
-        return 1 if self.share is None else self.share.parts
+        """How many processes divide the pack or its heads; losses are this process's part of a sum over them."""
+        return self.copies * (1 if self.share is None else self.share.parts)
 
     def divide(self, share: RowShare) -> None:
         """Has this process compute the tokens of `share` alone. Keys and values are gathered, losses are this process's
@@ -158,12 +159,13 @@ class TreeStep:
         routers = list(self.routers.values())
         tokens = tokens or self._sum(routers[0].tokens)
         means = torch.stack([router.probabilities for router in routers]) / tokens
-        return counts.shape[1] * (counts / counts.sum(1, keepdim=True) * means).sum(1).mean()
+        return counts.shape[1] * (counts / counts.sum(1, keepdim=True) * means).sum(1).mean() / self.copies
 
     def z(self, tokens: float | None = None) -> Tensor:
         """Mean over layers of the router z-loss (ST-MoE): the mean of (log sum_e exp logits[e])^2 over tokens."""
         routers = list(self.routers.values())
-        return torch.stack([router.z for router in routers]).mean() / (tokens or self._sum(routers[0].tokens))
+        tokens = tokens or self._sum(routers[0].tokens)
+        return torch.stack([router.z for router in routers]).mean() / (tokens * self.copies)
 
     def _sum(self, value: float) -> float:
         """The sum of a number over the processes that divide the pack."""

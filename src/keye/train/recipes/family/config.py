@@ -227,9 +227,10 @@ class FamilyConfig(TrainConfig):
             field, stage = "shard = true" if self.parallel.shard else "expert above 1", self._samples[0]
             raise ValueError(f'parallel has {field}, but objective = "{stage.objective}" (stage {stage.name!r}) needs '
                              "the whole model in each process; leave it out")  # fmt: skip
-        if self.parallel.context > 1 and others:
-            raise ValueError(f'parallel.context divides next tokens alone; leave it out with objective = '
-                             f'"{others[0].objective}" (stage {others[0].name!r})')  # fmt: skip
+        for name in ("context", "tensor"):
+            if getattr(self.parallel, name) > 1 and others:
+                raise ValueError(f'parallel.{name} divides next tokens alone; leave it out with objective = '
+                                 f'"{others[0].objective}" (stage {others[0].name!r})')  # fmt: skip
         return self
 
     def resolve(self, folder: Path) -> Self:

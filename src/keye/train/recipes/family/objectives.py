@@ -69,17 +69,18 @@ class PackObjective:
     def side_losses(self, step: TreeStep, share: float) -> Tensor:
         """The losses of routers and indexers, of a pack that holds `share` of the step's learnt weight."""
         total = torch.zeros(())
+        figures = self.figures if share else Figures()  # a pack that only keeps a process company is none of the step
         if self.mode != "dense":
             kl = step.kl()
-            self.figures.add("kl", float(kl.detach()), 1 / step.parts)
+            figures.add("kl", float(kl.detach()), 1 / step.parts)
             for recall in step.recalls():
-                self.figures.add("recall", recall.against_best)
+                figures.add("recall", recall.against_best)
             total = total + self.stage.indexer_kl * kl
         if self.mode != "warmup" and step.routers:
             counts = step.expert_counts()
             balance, z = step.balance(self._usual_counts(counts, share)), step.z()
-            self.figures.add("balance", float(balance.detach()), 1 / step.parts)
-            self.figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
+            figures.add("balance", float(balance.detach()), 1 / step.parts)
+            figures.add("expert_load", float((counts.amax(1) / counts.mean(1)).mean()))
             total = total + self.stage.balance * balance + self.stage.router_z * z
         return share * total
 

@@ -130,6 +130,7 @@ class NanoConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _check_parallel(self) -> NanoConfig:
-        if self.parallel.context > 1:
-            raise ValueError('parallel.context divides the tokens of files alone; leave it out with recipe = "nano"')
+        for name in ("context", "tensor"):
+            if getattr(self.parallel, name) > 1:
+                raise ValueError(f'parallel.{name} divides next tokens alone; leave it out with recipe = "nano"')
         return self
