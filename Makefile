@@ -16,7 +16,7 @@ export KEYE_GOLDEN := $(GOLDEN)
 # Tests run in $(JOBS) processes of one thread each: more threads than cores stall one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test check lint lint-workflows slow format docs dist audit image gpu test-vllm test-clients peers test-peers clean
+.PHONY: help demo test check lint lint-workflows slow format docs dist audit image gpu test-vllm test-clients test-lmms peers test-peers clean
 
 help:
 	@echo "make demo    answer a question about the bundled video"
@@ -32,6 +32,7 @@ help:
 	@echo "make audit   look for known vulnerabilities in the installed packages"
 	@echo "make test-vllm  the vLLM plug-in, in an environment of its own (3.5 GB)"
 	@echo "make test-clients  fifteen client packages against keye serve, in environments of their own (2 GB)"
+	@echo "make test-lmms  keye as a model of lmms-eval, its packages in a folder of their own (120 MB)"
 	@echo "make test-peers  GGUF files and quantisers against llama.cpp, prebuilt (11 MB)"
 	@echo "make clean   remove the virtual environments and all caches"
 
@@ -147,6 +148,15 @@ test-vllm: $(VENV_VLLM)/.ready
 test-clients: $(VENV)/.dev
 	$(BIN)/python tests/clients/run.py $(ARGS)
 
+# lmms-eval at a pinned version with what its import needs, without their dependencies, in a folder of their own.
+VENV_LMMS ?= .venv-lmms
+$(VENV_LMMS)/.ready: tests/lmms/packages.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV_LMMS) --requirement tests/lmms/packages.txt
+	touch $@
+
+test-lmms: $(VENV_LMMS)/.ready
+	PYTHONPATH=$(abspath $(VENV_LMMS)) $(BIN)/python -m pytest -n0 tests/lmms $(ARGS)
+
 # llama.cpp and the package gguf in a folder of their own; says why where they cannot be had.
 peers: $(BIN)/python
 	$(BIN)/python tests/peers/install.py
@@ -156,5 +166,5 @@ test-peers: $(VENV)/.dev
 	$(BIN)/python -m pytest -n0 -m peer tests/peers $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients .venv-peers $(VENV_ORACLES) tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_ACTIONLINT) $(VENV_AUDIT) .venv-clients .venv-peers $(VENV_LMMS) $(VENV_ORACLES) tests/clients/node_modules build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

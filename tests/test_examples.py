@@ -139,3 +139,14 @@ def test_the_training_loop_learns_and_its_folder_loads(tmp_path: Path, capsys: p
     losses = runpy.run_path(str(script))["main"]("", str(tmp_path), "2")
     assert losses[1] < losses[0]
     assert f"The model is in {tmp_path}." in capsys.readouterr().out
+
+
+def test_a_task_of_ones_own_is_read_and_scored(tmp_path: Path) -> None:
+    from keye.evals.task import TaskSettings, find_task
+
+    task = find_task(f"{ROOT / 'examples/own_task.py'}:TASK")
+    (tmp_path / "rows.jsonl").write_text('{"id": "1", "video": "a.mp4", "question": "is it?", "answer": "no"}\n')
+    (item,) = task.read(tmp_path, TaskSettings())
+    assert item.content[0]["video"] == str(tmp_path / "a.mp4") and task.check(tmp_path).is_complete
+    replies = ("No.", "<think>yes</think>no", "yes", "maybe")
+    assert [task.score(item.document, reply).score for reply in replies] == [1, 1, 0, 0]

@@ -67,6 +67,8 @@ sampling = options.combine(
 @prompting
 @sampling
 @options.attention
+@click.option("--through", type=click.Choice(["find"]),
+              help="Search the videos of grounding tasks as keye find does, instead of one prompt.")  # fmt: skip
 @click.option("--judge", metavar="URL", help="Server that judges replies in which the strict scorer reads no answer.")
 @click.option("--judge-model", metavar="NAME", help="What the judge's server calls its model.  [default: its first]")
 @click.option("--judge-key", metavar="ENV", help="Environment variable that holds the judge's key.")
@@ -111,6 +113,10 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
     if arguments["key"] is not None and not arguments["servers"]:
         raise KeyeError("--key is for servers: give it with --server")
     chosen = {task.name: task for name in tasks for task in find_tasks(name)}
+    if arguments["through"]:
+        from keye.evals.search import as_search
+
+        chosen = {name: as_search(task) for name, task in chosen.items()}
     settings = settings_of(arguments)
     root = data or eval_folder()
     results = []
@@ -169,7 +175,19 @@ class TaskWorkers:
         self._key = _key(arguments["key"])
 
     def __call__(self) -> list[Worker]:
+        if self._arguments.get("through"):
+            from keye.evals.search import FindWorker
+
+            return [FindWorker(self._load_here)]
         return batch.open_workers(self._arguments, self._decoder, loaded=self._load(), key=self._key)
+
+    def _load_here(self) -> Keye:
+        model = self._load()
+        if model is None:
+            raise KeyeError(
+                "--through find searches with a model in this process: leave --server, --workers and --ray out"
+            )
+        return model
 
     def _load(self) -> Keye | None:
         from keye.commands.shared import inputs
@@ -193,7 +211,7 @@ class TaskWorkers:
             return ModelFacts(name, server=arguments["servers"])
         name = arguments["model"] or "nano"
         folder = inputs.find_model(name, arguments["mmproj"])
-        engine = {key: str(arguments[key]) for key in _ENGINE if arguments[key] is not None}
+        engine = {key: str(arguments[key]) for key in (*_ENGINE, "through") if arguments.get(key) is not None}
         return ModelFacts(Path(name).name if Path(name).exists() else name, digest_weights(folder), engine)
 
 
