@@ -64,9 +64,9 @@ def test_the_command_line_of_lmms_eval_runs_a_task_on_keye(tmp_path: Path, path_
     environment = {**os.environ, "PYTHONPATH": path_of_packages, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    written = list((tmp_path / "out").rglob("*_results.json"))
-    assert len(written) == 1, (done.stdout + done.stderr)[-4000:]
-    (results,) = written
+    files = list((tmp_path / "out").rglob("*_results.json"))
+    assert len(files) == 1, (done.stdout + done.stderr)[-4000:]
+    (results,) = files
     scores = json.loads(results.read_text())["results"]["keye_demo"]
     assert next(value for name, value in scores.items() if name.startswith("right") and "stderr" not in name) >= 0.75
     (samples,) = (tmp_path / "out").rglob("*_samples_keye_demo.jsonl")
@@ -102,15 +102,15 @@ def test_sound_is_rejected_by_name() -> None:
         list(lmms_model.read_messages([{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}], {}))
 
 
-@pytest.mark.parametrize(("generation", "sampling"), [
+@pytest.mark.parametrize(("task_sampling", "sampling"), [
     ({"max_new_tokens": 16}, {"temperature": 0.0, "max_tokens": 16}),
     ({"temperature": 0, "do_sample": False, "num_beams": 1, "top_p": None}, {"temperature": 0.0, "max_tokens": 1024}),
     ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 8},
      {"temperature": 0.6, "top_p": 0.9, "max_tokens": 8}),
     ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0, "max_tokens": 1024}),
 ])  # fmt: skip
-def test_options_of_generation(generation: dict[str, object], sampling: dict[str, object]) -> None:
-    assert lmms_model.sampling_of(generation) == sampling
+def test_options_of_generation(task_sampling: dict[str, object], sampling: dict[str, object]) -> None:
+    assert lmms_model.sampling_of(task_sampling) == sampling
 
 
 def test_replies_end_at_stop_texts() -> None:

@@ -26,7 +26,7 @@ from keye.sessions.answer import Answer
 log: Final = logging.getLogger("keye")
 #: Arguments of `--model_args` that say how the model is loaded, under the names of `keye.load`.
 _LOADING: Final = ("device", "dtype", "quant", "kv")
-#: Options of generation that mean the same here, and names of those that keye has under another.
+#: Options of sampling that mean the same here, and names of those that keye has under another.
 _SAMPLING: Final = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
 _TOKENS: Final = ("max_new_tokens", "max_tokens", "max_gen_toks")
 _MOST_TOKENS: Final = 1024
@@ -92,12 +92,12 @@ class KeyeLmms(lmms):
         return result, None
 
     def _answer(self, request: Any) -> GenerationResult:
-        _, make_messages, generation, doc_id, task, split = request.args
+        _, make_messages, task_sampling, doc_id, task, split = request.args
         messages = list(read_messages(make_messages(self.task_dict[task][split][doc_id]), self._media))
         answer = self._keye.chat(
-            messages, attention=self._attention, thinking=self._thinking, **sampling_of(generation)
+            messages, attention=self._attention, thinking=self._thinking, **sampling_of(task_sampling)
         )
-        return GenerationResult(cut_reply(_raw_text(answer), generation.get("until")), _counts(answer))
+        return GenerationResult(cut_reply(_raw_text(answer), task_sampling.get("until")), _counts(answer))
 
 
 def read_messages(messages: Any, options: Mapping[str, Any]) -> Iterable[Message]:
@@ -122,11 +122,11 @@ def _parts(content: Iterable[Any], options: Mapping[str, Any]) -> Iterable[Any]:
             raise KeyeError(f"the task has a part of type {part.type}, which keye does not take: it sees and reads")
 
 
-def sampling_of(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of generation under keye's names; greedy unless the task samples."""
-    longest = next((generation[name] for name in _TOKENS if generation.get(name)), _MOST_TOKENS)
-    values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
-    if not generation.get("do_sample", bool(values.get("temperature"))):
+def sampling_of(task_sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of sampling under keye's names; greedy unless the task samples."""
+    longest = next((task_sampling[name] for name in _TOKENS if task_sampling.get(name)), _MOST_TOKENS)
+    values = {name: task_sampling[name] for name in _SAMPLING if task_sampling.get(name) is not None}
+    if not task_sampling.get("do_sample", bool(values.get("temperature"))):
         values = {"temperature": 0.0}
     return {**values, "max_tokens": int(longest)}
 
