@@ -17,7 +17,8 @@ HEDGED, ALONE, JUDGED, EXPLICIT, FINAL = 1, 2, 3, 4, 5
 
 _W = "A-Za-z0-9_\u00c0-\u024f\u0370-\u04ff"
 _LETTER = re.compile(
-    rf"(?<![{_W}.&/\\@#^-])(?<![{_W}]')(?<!\d )([A-Za-z])(?![{_W}&+#^\\\u00b0=]|'[A-Za-z]|[-.:][A-Za-z0-9]"
+    rf"(?<![{_W}.&/\\@#^-])(?<![{_W}]')(?<!\d )([A-Za-z])(?![{_W}&+#^\\\u00b0]|=(?!\s?(?:true|false|yes|no"
+    rf"|right|wrong)\b)|'[A-Za-z]|[-.:][A-Za-z0-9]"
     rf"|\. ?[A-Za-z]\.)"
 )
 _JOINED = re.compile(rf"(?<![{_W}/])(?!N/A)([A-Za-z])\s?(?:[/&+|]|->)\s?(?=[A-Za-z](?![{_W}]))")
@@ -33,8 +34,10 @@ _LEADS = any_of(
     " unlike yet which"
     " that_leaves leaving however even_if even_though"
 )
+_VERDICT = any_of("wrong right correct incorrect true false yes no")
 _CLAUSE = re.compile(
-    r"[,、]+\s*(?:and |or )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->|(?<=[\w)\]'\"])\s*[(\[](?=[A-Za-z]{2}|I )"
+    rf"[,、]+\s*(?:and |or )?|(?<=[\w)][\w)])\s+[-·]+>?\s+|->"
+    rf"|(?<=[\w)\]'\"])\s+[(\[](?!{_VERDICT}\b)(?=[A-Za-z]{{2}}|I )"
     rf"|\s+(?={_LEADS}\b)|\s+(?=not\s+(?:option |choice )?[(\"']?[A-Za-z](?![{_W}]))"
     rf"|(?<=[A-Za-z0-9\u4e00-\u9fff])(?=因为|而不是|而是|所以|因此)",
     re.IGNORECASE,
@@ -72,7 +75,7 @@ _HEDGE = re.compile(
     r"\b"
     + any_of(
         "could might may maybe perhaps possibl[ey] either candidates? options choices answers_are plausible"
-        " tempting between"
+        " tempting between among out_of"
         " initially at_first first_(?:guess|thought|impression) thought considered seemed looked one_of whether"
     )
     + r"\b|可能|或许|也许|要么",
@@ -125,11 +128,12 @@ _EXPLICIT_BEFORE = re.compile(
     r"|\b(?:final |correct |right |best |my )*(?:answer|ans|answer choice)\.?\s*"
     rf"|\b(?:it|this|that)(?:'s| is| must be| has to be| should be| would be)\s*(?:{_ADVERB}\s*)*{_NAME}?"
     r"|\bi(?:'d| would| will|'ll|'m| am)?\s*(?:(?:also|still|have to|therefore|would|rather|finally|now)\s+)*"
-    r"(?:choose|pick|select|say|mean|meant|guess|answer|go(?:ing)? (?:with|for)|vote for|opt for|think|believe|chose"
+    r"(?:choose|pick|take|prefer|select|say|mean|meant|guess|answer|go(?:ing)? (?:with|for)|vote for|opt"
+    r" for|think|believe|chose"
     r"|picked|selected"
     r"|lean(?:ing)? towards?|settle (?:on|for))"
     rf"\s*(?:(?:that )?(?:it(?:'s| is)|the answer(?:'s| is))\s*)?{_NAME}*"
-    rf"|\b(?:choose|select|pick|choosing|selecting|picking|go(?:ing)? (?:with|for))\s*{_NAME}*"
+    rf"|\b(?:choose|select|pick|prefer|choosing|selecting|picking|go(?:ing)? (?:with|for))\s*{_NAME}*"
     rf"|\b(?:must|has to|have to|should|got to) be\s*{_NAME}?"
     r"|\b(?:je choisis|ich w\u00e4hle|elijo|escolho|scelgo|выбираю)\s*|选(?:择|项)?(?:了|的是)?[\s:]*"
     r"|答案[\s:]*|本题[\s:]*"
@@ -157,7 +161,10 @@ _LINK_BEFORE = re.compile(
 )
 _LIKELY_BEFORE = re.compile(
     r"\b"
-    + any_of("most_likely likely probably definitely certainly surely clearly obviously finally ultimately")
+    + any_of(
+        "most_likely likely probably definitely certainly surely clearly obviously absolutely undoubtedly"
+        " finally ultimately"
+    )
     + rf"\s*{_NAME}?{_OPENING}$",
     re.IGNORECASE,
 )
@@ -168,8 +175,10 @@ _LINK_VERB = (
     r"|actually) )*(?:the )?(?:only )?"
 )
 _CORRECT_AFTER = re.compile(
-    rf"[\s\"')\]}}.,:>\-]*(?:{_LINK_VERB}"
-    + any_of("correct right best better true answer yes accurate one winner my_(?:final_)?(?:answer|choice|pick)")
+    rf"[\s\"'()\[\]}}.,:>\-]*(?:{_LINK_VERB}"
+    + any_of(
+        "correct right best better not_wrong true answer yes accurate one winner my_(?:final_)?(?:answer|choice|pick)"
+    )
     + (
         r"\b|\s*(?:[✓✔✅]|it is\b)|\s+(?:is|does)\s*$|\s*(?:is|seems|looks) (?:the )?most (?:plausible|likely"
         r"|probable)\b"
@@ -178,7 +187,8 @@ _CORRECT_AFTER = re.compile(
     re.IGNORECASE,
 )
 _WRONG_AFTER = re.compile(
-    rf"[\s\"')\]}}.,:>\-]*(?:{_LINK_VERB}(?:not\b|wrong|incorrect|false|no\b|untrue|excluded|out\b"
+    rf"[\s\"'()\[\]}}.,:>\-]*(?:{_LINK_VERB}(?:not\b(?! (?:wrong|incorrect|false)\b)|wrong|incorrect|false"
+    rf"|no\b|untrue|excluded|out\b"
     rf"|impossible)|\s*[✗✘❌\u00d7]|\s*选?项?(?:是)?(?:错|不))",
     re.IGNORECASE,
 )
@@ -216,7 +226,7 @@ _START = re.compile(
     re.IGNORECASE,
 )
 _ENDS_NAME = re.compile(
-    r"\s*(?:[.):\]},、(-]|[\u4e00-\u9fff]|(?:because|since|as|with|due|based|for|on the basis|over|than"
+    r"\s*(?:[.):\]},、(-]|[\u4e00-\u9fff]|(?:because|since|as|with|due|based|for|on the basis|over|beats|than"
     r"|instead|rather|not)\b)",
     re.IGNORECASE,
 )
@@ -236,8 +246,14 @@ _LABELS = re.compile(
 )
 _WORDS = re.compile(r"[^\W_]{2,}|[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _ITEM = re.compile(r"[\W_]*(?:option |choice )?[(\[]?([A-Za-z])(?:[.):\]]+|\s+-)\s+(?=\S)", re.IGNORECASE)
+_SUBJECTS = re.compile(
+    r"[\s(\"']*(?:option |choice )?\(?[A-Za-z]\)?(?: (?:and|or) \(?[A-Za-z]\)?){0,9}\s*(?:\s"
+    + any_of("are were do don't can cannot can't never have all both none fail seem look appear contradict")
+    + r"\b|都|均|错|不)"
+)
+_UNCHECKED = re.compile(r"\[ \]|☐")
 _RIGHT = re.compile(
-    r"\b" + any_of("correct yes true right match(?:es)? fits?") + r"\b|[✓✔✅对]|正确|符合", re.IGNORECASE
+    r"\b" + any_of("correct yes true right match(?:es)? fits?") + r"\b|\[x\]|[✓✔✅☑对]|正确|符合", re.IGNORECASE
 )
 _EXCEPT = re.compile(
     rf"(?:\b(?:except|other than|apart from|besides)(?: for)?\s*{_NAME}?|除了?){_OPENING}$", re.IGNORECASE
@@ -249,7 +265,9 @@ _OTHERS = re.compile(
 )
 #: A letter behind these words is the one that is not chosen.
 _OVER_BEFORE = re.compile(
-    r"\b" + any_of("than over instead_of as_opposed_to not unlike vs\\.? versus") + rf"\s+{_NAME}?{_OPENING}$",
+    r"\b"
+    + any_of("(?<!other\\s)than over beats instead_of as_opposed_to not unlike vs\\.? versus prefer\\w*_\\S{1,3}_to")
+    + rf"\s+{_NAME}?{_OPENING}$",
     re.IGNORECASE,
 )
 _INTENTION = re.compile(
@@ -299,7 +317,10 @@ def read_claims(text: str, letters: str) -> Iterator[Claim]:
                 yield Claim(item, strength, order, sentence, corrects)
             continue
         context = _Context()
-        for clause in _CLAUSE.split(segment):
+        clauses = _CLAUSE.split(segment)
+        if len(clauses) > 1:
+            clauses = _join_subjects(clauses)
+        for clause in clauses:
             if not clause or clause.isspace():
                 continue
             order += 1
@@ -312,9 +333,20 @@ def read_claims(text: str, letters: str) -> Iterator[Claim]:
                 corrects = False
 
 
+def _join_subjects(clauses: list[str]) -> list[str]:
+    """Clauses in which several letters that are the subject of one sentence ("A, C and D are wrong") stand together."""
+    joined: list[str] = []
+    for clause in reversed(clauses):
+        if joined and _SUBJECTS.match(joined[-1]) and clause.strip() and not _WORDS.search(_LABELS.sub(" ", clause)):
+            joined[-1] = f"{clause.rstrip()} and {joined[-1].lstrip()}"
+        else:
+            joined.append(clause)
+    return joined[::-1]
+
+
 def _judge_item(segment: str) -> int:
     """What a line of a list of options says of its own."""
-    if _is_denied(segment):
+    if _is_denied(segment) or _UNCHECKED.search(segment):
         return 0
     return EXPLICIT if _RIGHT.search(segment) else ALONE
 
@@ -351,6 +383,8 @@ def _read_clause(clause: str, letters: str, context: _Context) -> Iterator[tuple
     for index, match in enumerate(matches):
         end = matches[index + 1].start() if index + 1 < len(matches) else len(clause)
         previous = clause[matches[index - 1].end() : match.start()] if index else ""
+        if _OVER_BEFORE.search(clause[max(0, match.start() - 32) : match.start()]):
+            continue
         is_joined = bool(index) and not _WORDS.search(_LABELS.sub(" ", previous))
         if not (inherits or is_joined):
             strength = _weigh(clause, match, end, context, is_list)
@@ -366,13 +400,11 @@ def _weigh(clause: str, match: re.Match[str], end: int, context: _Context, is_li
     before, after = clause[max(0, match.start() - 96) : match.start()], clause[match.end() : min(end, match.end() + 64)]
     if context.is_denied and _EXCEPT.search(before):
         return EXPLICIT if _OTHERS.search(clause) else 0
-    if _OVER_BEFORE.search(before):
-        return 0
     if _WRONG_AFTER.match(after):
         context.is_denied = True
         return 0
     if context.is_denied:
-        is_verdict = _CORRECT_AFTER.match(after) and not _DENIAL.search(before[-12:])
+        is_verdict = _CORRECT_AFTER.match(after) and not _DENIAL.search(before[-5:])
         return EXPLICIT if is_verdict and _WRONG_AFTER.search(clause) else 0
     if context.is_hedged:
         return HEDGED

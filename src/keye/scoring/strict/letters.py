@@ -54,6 +54,7 @@ _WORD = re.compile(
 _DIGITS = re.compile(r"[\d.,:/ -]+")
 #: "one" that counts nothing.
 _PRONOUN = re.compile(r"(?<=\w) one\b", re.IGNORECASE)
+_ARTICLE = re.compile(r"^\W*(?:an?|the)\s+(?=\w)")
 _NOT = ("not", "never", "不")
 _REFUSAL = re.compile(
     r"\bnone of\b|\bno(?:ne)? (?:option|answer|choice|correct|single)|\bneither of\b|\ball of\b|\bboth\b"
@@ -108,8 +109,9 @@ def _without_letter(text: str, letter: str) -> str:
 
 
 def _key(text: str) -> str:
-    """A text for comparison: words in lower case, numbers and signs of arithmetic, a space between any two."""
-    return " ".join(_WORD.findall(simplify_han(to_plain(text)).casefold()))
+    """A text for comparison: words in lower case, numbers and signs of arithmetic, a space between any two,
+    without an article before them."""
+    return " ".join(_WORD.findall(_ARTICLE.sub("", simplify_han(to_plain(text)).casefold(), count=1)))
 
 
 def _read_answer(text: str, options: _Options) -> str | None:
