@@ -191,6 +191,11 @@ def test_row_of_a_table_of_predictions():
         {"index": "7", "question": "What?", "A": "red", "B": "blue", "answer": "B", "category": "x", "image": "x"}, 0
     )
     assert (item.id, item.document["options"], item.document["answer"]) == ("7", ["red", "blue"], "B")
+    item = find_task("mmstar").item_of(
+        {"index": 1, "question": "What?", "A": "red", "B": "blue", "answer": "A", "category": "x", "l2_category": "y"},
+        0,
+    )
+    assert item.labels == {"category": "x", "l2 category": "y"}
     with pytest.raises(KeyeError, match="row 4 lacks question"):
         find_task("realworldqa").item_of({"image": "x", "answer": "A"}, 3)
 

@@ -21,6 +21,8 @@ from keye.evals.task import DataReport, EvalItem, Task, TaskSettings
 
 #: Sentences of one kind that a report shows.
 _MOST_SENTENCES = 10
+#: Columns of pictures.
+_PICTURES = ("image", "image_1", "image_path", "decoded_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ class TableTask(Task):
 
     def item_of(self, row: Mapping[str, Any], number: int) -> EvalItem:
         """The item of a row of the public data or of another program's table of predictions."""
-        return self._items(f"row {number + 1}", self.adapt(row), number, NoFolder(), TaskSettings())[0]
+        complete = {**dict.fromkeys(_PICTURES, ""), **self.adapt(row)}  # tables of predictions leave pictures out
+        return self._items(f"row {number + 1}", complete, number, NoFolder(), TaskSettings())[0]
 
     def _items(
         self, place: Place | str, row: Mapping[str, Any] | BadRow, number: int, data: DataFolder, settings: TaskSettings

@@ -89,7 +89,7 @@ def _with_pictures(prompt: str, row: Mapping[str, Any], folder: DataFolder) -> I
     for match in _PLACE.finditer(prompt):
         if text := prompt[place : match.start()].strip():
             yield text_part(text)
-        yield image_part(folder.picture(row[f"image_{match[1]}"]))
+        yield image_part(folder.picture(row.get(f"image_{match[1]}")))
         place = match.end()
     yield text_part(prompt[place:].strip())
 
@@ -112,11 +112,11 @@ class VideoMMMU(OpenOrChoice):
         options = [str(option) for option in parse_list(row["options"], "options")] if kind == "multiple-choice" else []
         subject = _subject_of(name)
         document = {"question_type": kind, "subject": subject, "options": options, "answer": row.get("answer")}
-        place = row["_place"].lower()
-        track = next((track for track in _TRACKS if track in place), "adaptation")
+        place = f"{row['_place']} {self.name}".lower()
+        track = next((track for track in _TRACKS if track in place), "unknown")
         plain = read_options(options)
         question = f"{row['question']}\n{list_options(plain)}" if plain else str(row["question"])
-        if track == "adaptation":
+        if track not in ("perception", "comprehension"):
             before = "Learn from the video, then answer; the picture of the question is the last frame of the video.\n"
             prompt = f"{before}{question}"
         else:
