@@ -12,7 +12,7 @@ from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 from keye.scoring.strict.times import spell_english_numbers, spell_han
 
 _DIGITS = (
-    r"(?:\d{1,3}(?:,\d{3}){1,6}(?!\d)(?:\.\d{1,15})?|\d{1,18}(?:\.\d{0,15})?|\.\d{1,15})(?:[eE][+-]?\d{1,3}(?!\d))?"
+    r"(?:\d{1,3}(?:,\d{3}){1,6}(?!\d)(?:\.\d{1,15})?|\d{1,18}(?:\.\d{0,15})?|\.\d{1,15})(?:[eE][+-]?\d{1,2}(?!\d))?"
 )
 _NUMBER = re.compile(
     rf"(?<![A-Za-z0-9_.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand"
