@@ -27,6 +27,12 @@ _LETTERS: Final = "ABCDEFGHIJ"
 _CLUSTERS: Final = (
     "cluster", "videoID", "video_id", "video_name", "video", "video_path", "image_path", "image_id", "image",
 )  # fmt: skip
+#: Fields that become labels of parts, and the longest text of one.
+_LABELS: Final = (
+    "duration", "domain", "category", "sub_category", "subcategory", "task_type", "question_type", "subject", "dim",
+    "duration_group", "question_category", "l2_category", "level", "dataset",
+)  # fmt: skip
+_MOST_LABEL: Final = 80
 #: Share of equal gold answers from which on two files are of the same data: formats of a few may differ.
 _SAME_GOLDS: Final = 0.9
 #: Longest list that is read from a cell, in characters.
@@ -108,7 +114,14 @@ def _items_of(task: Task, rows: Sequence[Prediction], layout: Layout) -> list[Ev
 def _plain_item(row: Prediction, document: Mapping[str, Any]) -> EvalItem:
     name = row.id or str(row.number)
     cluster = next((str(document[name]) for name in _CLUSTERS if document.get(name) not in (None, "")), None)
-    return EvalItem(name, cluster or name, (), document, has_gold=document.get("answer", True) not in (None, ""))
+    labels = {
+        field.replace("_", " "): str(value)
+        for field in _LABELS
+        if isinstance(value := document.get(field), str | int) and len(str(value)) <= _MOST_LABEL
+    }
+    return EvalItem(
+        name, cluster or name, (), document, labels, has_gold=document.get("answer", True) not in (None, "")
+    )
 
 
 def _named(document: Mapping[str, Any]) -> str:

@@ -137,6 +137,11 @@ def _scorer_figures(task: Task, scorer: str, rows: Sequence[ScoredItem], withhel
     summary = task.summarise(rows, name)
     with_reply = [row for row in rows if row.prediction is not None and row.item.has_gold]
     drawn = [row for row in with_reply if row.random]
+    notes = list(summary.notes)
+    if summary.value is None and summary.n:
+        counted = [row for row in rows if row.item.has_gold]
+        plain = 100 * math.fsum(row.score for row in counted) / len(counted)
+        notes.append(f"{summary.name} needs groups or labels that these items lack; their mean score is {plain:.2f}")
     chances = [chance for row in drawn if (chance := chance_of(row.item.document)) is not None]
     return {
         "metric": summary.name, "value": None if withheld else summary.value, "lower_bound": summary.value,
@@ -145,7 +150,7 @@ def _scorer_figures(task: Task, scorer: str, rows: Sequence[ScoredItem], withhel
         "random_expected": 100 * math.fsum(chances) / len(rows) if rows else 0.0,
         "judge_needed": _share(sum(row.judge_needed for row in with_reply), len(with_reply)),
         "official": task.official_metrics(name, rows),
-        "parts": {label: dict(values) for label, values in summary.parts.items()}, "notes": list(summary.notes),
+        "parts": {label: dict(values) for label, values in summary.parts.items()}, "notes": notes,
     }  # fmt: skip
 
 
