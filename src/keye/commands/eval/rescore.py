@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from keye.commands.shared import options
+
+if TYPE_CHECKING:
+    from keye.evals.task import Task
 
 
 @click.command(context_settings=options.CONTEXT)
@@ -37,9 +41,8 @@ def rescore(
     from keye.commands.shared import inputs, show
     from keye.evals.rescore import rescore as score_file
     from keye.evals.run import data_folder
-    from keye.evals.task import find_task
 
-    task = find_task(name)
+    task = _find_task(name, data)
     folder = None if data is None else data_folder(task, data)
     place = None if output is None else output / task.name
     result = score_file(file, task, list(scorers or task.scorers), folder=folder, output=place)
@@ -50,3 +53,15 @@ def rescore(
         if result["withheld"]:
             inputs.note(f"no score: {result['withheld']}")
     return 0 if result["complete"] else 2
+
+
+def _find_task(name: str, data: Path | None) -> Task:
+    """The task of a name; of a family whose tasks are scored alike the first, where no data say which it is."""
+    from keye.commands.shared import inputs
+    from keye.evals.task import find_task, find_tasks
+
+    tasks = find_tasks(name)
+    if len(tasks) == 1 or data is not None or len({(task.scored_as, task.kind) for task in tasks}) > 1:
+        return find_task(name)
+    inputs.note(f"{name} stands for {', '.join(task.name for task in tasks)}, which are scored alike: {tasks[0].name}")
+    return tasks[0]
