@@ -177,6 +177,13 @@ def test_options_inside_questions(text, stem, options):
     assert split_options(text) == (stem, options)
 
 
+def test_data_in_two_formats_are_read_once(tmp_path):
+    row = {"video_path": "a.mp4", "query": "x", "span": [[1.0, 2.0]]}
+    write_table(tmp_path / "charades.jsonl", [row])
+    write_table(tmp_path / "charades.json", [row])
+    assert len(list(find_task("timelens_charades").read(tmp_path, TaskSettings()))) == 1
+
+
 def test_broken_row_is_named(tmp_path):
     (tmp_path / "charades.jsonl").write_text('{"video_path": "a.mp4", "query": "x", "span": [[1, 2]]}\n{"video_path"\n')
     report = find_task("timelens_charades").check(tmp_path)

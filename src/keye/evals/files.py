@@ -29,6 +29,8 @@ VIDEOS: Final = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v")
 PICTURES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 ARCHIVES: Final = (".zip", ".tar", ".tar.gz", ".tgz")
 SCRATCH: Final = "keye-media"
+#: Formats of tables, the first that is there counts: only parquet keeps types and pictures.
+_FORMATS: Final = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
 #: Files of a folder that are looked through for media.
 MAX_FILES: Final = 1_000_000
 #: Largest picture inside a table.
@@ -85,12 +87,13 @@ class DataFolder:
         return names
 
     def tables(self, patterns: Sequence[str]) -> list[Path]:
-        """The files of the first pattern that matches any; a pattern is a regular expression for the end of the path
-        below the folder."""
+        """The files of the first pattern that matches any, of one format: some sets come in several. A pattern is a
+        regular expression for the end of the path below the folder."""
         for pattern in patterns:
             regex = re.compile(rf"(?:^|.*/)(?:{pattern})")
             if matching := [path for path in self.files if regex.fullmatch(path.relative_to(self.root).as_posix())]:
-                return matching
+                ending = min({path.suffix.lower() for path in matching}, key=_preference)
+                return [path for path in matching if path.suffix.lower() == ending]
         return []
 
     def locate(self, name: str, endings: Sequence[str] = VIDEOS, within: str = "") -> str:
@@ -160,6 +163,10 @@ class NoFolder(DataFolder):
 
     def picture(self, value: object) -> str:
         return ""
+
+
+def _preference(ending: str) -> int:
+    return _FORMATS.index(ending) if ending in _FORMATS else len(_FORMATS)
 
 
 def _agreement(parts: Sequence[str], wanted: Sequence[str]) -> int:

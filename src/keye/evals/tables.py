@@ -7,6 +7,7 @@ Rules for odd rows, the same for all tasks: a row that repeats an earlier one (s
 from __future__ import annotations
 
 import os
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,10 +61,9 @@ class TableTask(Task):
         """The files that hold the rows; `KeyeError` where there are none."""
         if paths := data.tables(self.tables):
             return paths
-        raise KeyeError(
-            f"{data.root} has no table of {self.title} (a file named like {' or '.join(map(_plain, self.tables))}): "
-            f"download {self.source} and name its folder"
-        )
+        names = " or ".join(dict.fromkeys(map(_plain, self.tables)))
+        raise KeyeError(f"{data.root} has no table of {self.title} (a file named like {names}): download {self.source} "
+                        "and name its folder")  # fmt: skip
 
     def item_of(self, row: Mapping[str, Any], number: int) -> EvalItem:
         """The item of a row of the public data or of another program's table of predictions."""
@@ -176,5 +176,6 @@ def image_part(path: str) -> dict[str, Any]:
 
 
 def _plain(pattern: str) -> str:
-    """A regular expression for a path, as people write patterns."""
-    return pattern.replace(r"[^/]*", "*").replace(".*", "*").replace("\\", "")
+    """An example of the names that a regular expression for a path stands for."""
+    first = re.sub(r"\(\?:([^|)]*)[^)]*\)\??", r"\1", pattern)
+    return first.replace("[^/]*", "*").replace("jsonl?", "jsonl").replace(r"\d+", "4").replace("\\", "")
