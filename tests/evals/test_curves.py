@@ -117,7 +117,13 @@ def test_a_wide_margin_accepts_the_same_difference(tmp_path: Path) -> None:
     ([-0.9, -0.1], "lossless"), (None, "undecided"),
 ])  # fmt: skip
 def test_what_an_interval_says_of_lossless(interval: list[float] | None, verdict: str) -> None:
-    assert judge_lossless({"interval": interval}, 1.0) == verdict
+    figures = {"interval": interval, "first_better": 1, "second_better": 0}
+    assert judge_lossless(figures, 50, 1.0) == verdict
+
+
+@pytest.mark.parametrize(("clusters", "verdict"), [(12, "undecided"), (290, "undecided"), (300, "lossless")])
+def test_no_difference_on_few_videos_proves_nothing(clusters: int, verdict: str) -> None:
+    assert judge_lossless({"interval": [0.0, 0.0], "first_better": 0, "second_better": 0}, clusters, 1.0) == verdict
 
 
 @pytest.mark.parametrize(("grid", "words"), [

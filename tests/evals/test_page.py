@@ -51,6 +51,12 @@ def test_every_scorer_stands_with_its_interval_shares_and_digests(tmp_path: Path
     assert html.count("<svg") == 1
 
 
+def test_official_aggregations_stand_beside_the_headline(tmp_path: Path) -> None:
+    html = report_of(tmp_path, result(scorers={"vlmevalkit": figures(50.0, official={"Overall (strict)": 0.4321})}))
+    assert "Overall (strict)" in html and "0.43" in html and "official aggregations" in html
+    assert "official aggregations" not in report_of(tmp_path, result())
+
+
 def test_published_scores_stand_beside_ours_and_are_marked(tmp_path: Path) -> None:
     html = report_of(tmp_path, result())
     assert "58.4" in html and "arXiv 2606.10651" in html and "Theirs: published scores" in html

@@ -135,21 +135,28 @@ def _compare_attention(task: Task, grid: Grid, frames: int | None, output: Path)
     if not {"sparse", "dense"} <= set(grid.attention):
         return None
     dense, sparse = (output / point_name(kind, frames) / task.name for kind in ("dense", "sparse"))
-    comparison = compare(read_run(dense), read_run(sparse))
+    runs = read_run(dense), read_run(sparse)
+    comparison = compare(*runs)
+    clusters = runs[0].result["clusters"]
     return {
-        **comparison, "frames": frames, "kind": "sparse against dense attention",
+        **comparison, "frames": frames, "kind": "sparse against dense attention", "clusters": clusters,
         "same_replies": _share_same(dense / PREDICTIONS_NAME, sparse / PREDICTIONS_NAME),
-        "margin": grid.margin, "verdict": judge_lossless(comparison["scorers"][STRICT], grid.margin),
+        "margin": grid.margin, "verdict": judge_lossless(comparison["scorers"][STRICT], clusters, grid.margin),
     }  # fmt: skip
 
 
-def judge_lossless(figures: Mapping[str, Any], margin: float) -> str:
-    """What paired differences (second minus first) say: "lossless" where the whole interval lies within the margin,
-    "worse" or "better" where it lies outside of it or leaves 0 out on one side, else "undecided"."""
-    interval = figures["interval"]
-    if interval is None:
+def judge_lossless(figures: Mapping[str, Any], clusters: int, margin: float) -> str:
+    """What paired differences (second minus first) over so many videos say: "lossless" where the whole interval lies
+    within the margin, "worse" or "better" where it leaves 0 out on one side, else "undecided".
+
+    Where no item differs, the interval has no width; then the share of videos that may differ all the same is bounded
+    by 1 - 0.05^(1/videos), so that a margin of one point takes about 300 videos."""
+    if figures["interval"] is None:
         return "undecided"
-    low, high = interval
+    low, high = figures["interval"]
+    if not figures["first_better"] and not figures["second_better"]:
+        bound = 100 * (1 - 0.05 ** (1 / clusters))
+        low, high = -bound, bound
     if -margin <= low and high <= margin:
         return "lossless"
     return "worse" if high < 0 else "better" if low > 0 else "undecided"

@@ -18,6 +18,8 @@ from keye.version import __version__
 
 REPORT_NAME: Final = "report.html"
 STRICT: Final = "strict"
+#: What a column of scores that says nothing holds.
+_EMPTY: Final = (None, "0.0 %")
 #: Rows of the parts of one label that are shown.
 _MOST_PARTS: Final = 60
 
@@ -100,7 +102,9 @@ def _scores(results: Sequence[Result]) -> str:
         ))  # fmt: skip
     caption = ("Points of 100 with intervals of 95 %, clustered by video or picture. Failed items, and those without "
                "an answer that a scorer can read, count as wrong. Theirs: published, not measured here")  # fmt: skip
-    return table(caption, head, rows, numbers=range(1, 9))
+    used = [place for place in range(len(head)) if any(row[place] not in _EMPTY for row in rows)]
+    numbers = [number for number, place in enumerate(used) if 0 < place < len(head) - 1]
+    return table(caption, [head[place] for place in used], [[row[place] for place in used] for row in rows], numbers)
 
 
 def _settings(result: Result) -> str:
@@ -142,7 +146,8 @@ def _dots(results: Sequence[Result]) -> Iterator[str]:
                 ours[place] = (figures["value"], (interval[0], interval[1]) if interval else None)
         theirs = [(f"{entry.model}, {entry.source}", entry.value) for entry in _published(result)]
         if ours:
-            rows.append(DotRow(str(result["task"]), ours, theirs))
+            is_alone = sum(other["task"] == result["task"] for other in results) == 1
+            rows.append(DotRow(str(result["task"]) if is_alone else _settings(result), ours, theirs))
     if rows:
         words = ((0, "strict"), (1, "official"), (5, "theirs (hollow)"))
         yield figure("Scores with intervals of 95 %", draw_dots("Scores of all tasks", rows), words)
@@ -179,6 +184,11 @@ def _section(result: Result) -> Iterator[str]:
         for note in figures.get("notes", ()):
             yield f"<p>{to_text(name)}: {to_text(note)}.</p>"
     yield from _parts(result)
+    totals = [(name, metric, f"{value:.2f}") for name, figures in result["scorers"].items()
+              for metric, value in (figures.get("official") or {}).items()]  # fmt: skip
+    if totals:
+        caption = "What the official aggregations make of the same replies, in their own units"
+        yield table(caption, ("scorer", "metric", "value"), totals, numbers=(2,))
     yield facts_table("Costs", _costs(result))
     if result.get("errors"):
         errors = [(error.get("message"), error.get("count"), error.get("item")) for error in result["errors"]]

@@ -131,14 +131,18 @@ def print_curve(curve: Mapping[str, Any], output: Path) -> None:
 
     console, rows = stdout(), Table(box=None, pad_edge=False)
     measures = list(dict.fromkeys(name for point in curve["points"] for name in point["measures"]))
-    for name in ("frames", "attention", *measures, "items", "failed", "prompt tokens"):
+    for name in ("frames", "attention", *measures, "tokens"):
         rows.add_column(name, justify="right", no_wrap=True)
     for point in curve["points"]:
         values = [_words(point["measures"].get(name)) for name in measures]
         tokens = "-" if point["prompt_tokens"] is None else f"{point['prompt_tokens']:,.0f}"
-        rows.add_row(str(point["frames"] or "-"), point["attention"] or "-", *values, f"{point['items']:,}",
-                     f"{100 * point['failed']:.1f} %", tokens)  # fmt: skip
+        rows.add_row(str(point["frames"] or "-"), point["attention"] or "-", *values, tokens)
     console.print(rows)
+    for point in curve["points"]:
+        if point["failed"]:
+            name = "-".join(str(part) for part in (point["attention"], point["frames"]) if part is not None)
+            failed = round(point["failed"] * point["items"])
+            console.print(f"{name}: {failed:,} of {point['items']:,} items failed, counted as wrong", soft_wrap=True)
     for pair in curve["lossless"]:
         figures = pair["scorers"]["strict"]
         low, high = figures["interval"] or (float("nan"), float("nan"))
