@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from keye.scoring.official.instructions import check_instructions
 from keye.scoring.official.language import detect_language, split_sentences, split_words
 from keye.scoring.official.registry import find_scorer
 
@@ -99,6 +100,9 @@ def test_a_prompt_of_several_instructions_has_results_of_its_own() -> None:
 def test_arguments_that_the_original_draws_are_marked() -> None:
     rule = ("keywords:letter_frequency", {"letter": "#", "let_frequency": 4, "let_relation": "at least"})
     assert score("####", rule) == {"strict": [False], "loose": [False], "random": True}
+    document = {"instruction_id_list": [rule[0]], "kwargs": [rule[1]]}
+    assert check_instructions(document, "####") == {"strict": [True], "loose": [True]}
+    assert check_instructions(document, "###") == {"strict": [False], "loose": [False]}
 
 
 @pytest.mark.parametrize(

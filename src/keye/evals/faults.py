@@ -29,6 +29,8 @@ FAULTS: Final[dict[str, str]] = {
     "ocrbench": "the gold answer counts wherever it is a part of the reply, so that a is in banana; a second scoring "
     "in one process doubles the counts of lmms-eval",
     "hallusionbench": "lmms-eval counts any yes inside a word, such as eyes; VLMEvalKit reads neither of Yes/No",
+    "ifeval": "the language of a reply is detected with draws that no seed fixes, keywords are regular expressions "
+    "that also match inside words, and a letter is drawn where a prompt asks for a mark such as #",
     "mathvista": "VLMEvalKit can never find a list right, sends a correct 0 to the judge, evaluates cells of the data "
     "file as code, and draws an option after three failures of the judge",
     "wemath": "VLMEvalKit fails with pandas 3 and divides by 525 however many problems were run",

@@ -16,6 +16,7 @@ from keye.errors import KeyeError
 from keye.evals.files import DataFolder, parse_list, read_rows
 from keye.evals.tables import TableTask, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, Task, TaskSettings, split_gold
+from keye.scoring.official.instructions import check_instructions
 from keye.scoring.official.registry import Document, find_scorer
 from keye.scoring.strict.calls import find_calls, match_calls
 from keye.scoring.strict.reasoning import strip_reasoning
@@ -44,14 +45,13 @@ class IFEval(TableTask):
 
     def score(self, document: Document, prediction: str) -> ItemScore:
         """Whether all instructions are followed."""
-        fields = find_scorer("ifeval", "item", LMMS[0])(document, strip_reasoning(prediction).answer)
-        return self.read_fields(fields, document)
+        return self.read_fields(check_instructions(document, strip_reasoning(prediction).answer), document)
 
     def read_fields(self, fields: Mapping[str, Any], document: Document) -> ItemScore:
         """`extracted` holds which instructions were followed, strictly and loosely."""
         strict = fields.get("strict") or []
         extracted = {"strict": list(strict), "loose": list(fields.get("loose") or [])}
-        return ItemScore(float(bool(strict) and all(strict)), extracted)
+        return ItemScore(float(bool(strict) and all(strict)), extracted, bool(fields.get("random")))
 
     def summarise(self, scored: Sequence[ScoredItem], scorer: str = STRICT) -> Summary:
         """Prompt level, strict; the other three rates are parts."""

@@ -37,10 +37,19 @@ class _Drawn(Exception):
 def score_instructions(document: Document, prediction: Any) -> Fields:
     """`strict` and `loose`: for each instruction, whether the reply follows it; `prompt_strict` and `prompt_loose`:
     whether it follows all of several. `error` is the exception that the original raises instead."""
+    return _score(document, prediction, _RULES)
+
+
+def check_instructions(document: Document, prediction: str) -> Fields:
+    """The same for strict scores: a mark such as # is counted, where the original draws a letter to count instead."""
+    return _score(document, prediction, {**_RULES, "keywords:letter_frequency": _count_mark})
+
+
+def _score(document: Document, prediction: Any, rules: Mapping[str, Rule]) -> Fields:
     try:
         strict, checks = [], []
         for place, name in enumerate(document["instruction_id_list"]):
-            checks.append(_build_check(name, document["kwargs"][place]))
+            checks.append(_build_check(rules[name], document["kwargs"][place]))
             strict.append(_follows(checks[-1], [prediction]))
         others = _loosen(prediction)
         loose = [follows or _follows(check, others) for follows, check in zip(strict, checks, strict=True)]
@@ -56,9 +65,8 @@ def score_instructions(document: Document, prediction: Any) -> Fields:
     return fields | ({"random": True} if None in checks else {})
 
 
-def _build_check(name: str, arguments: Mapping[str, Any]) -> Check | None:
+def _build_check(rule: Rule, arguments: Mapping[str, Any]) -> Check | None:
     """None where the original draws an argument; one that is empty or 0 is taken as lacking."""
-    rule = _RULES[name]
     try:
         return rule(**{key: value for key, value in arguments.items() if value})
     except _Drawn:
@@ -115,10 +123,16 @@ def _forbid_words(forbidden_words: Sequence[str] | None = None) -> Check:
 def _count_letter(
     *, letter: str | None = None, let_frequency: int | None = None, let_relation: str | None = None
 ) -> Check:
-    compare = _compare(let_relation)
+    check = _count_mark(letter=letter, let_frequency=let_frequency, let_relation=let_relation)
     if not letter or len(letter) > 1 or not "a" <= letter.lower() <= "z":
         raise _Drawn
-    wanted, limit = letter.lower(), _require_count(let_frequency)
+    return check
+
+
+def _count_mark(
+    *, letter: str | None = None, let_frequency: int | None = None, let_relation: str | None = None
+) -> Check:
+    compare, wanted, limit = _compare(let_relation), _require(letter).lower(), _require_count(let_frequency)
     return lambda text: compare(text.lower().count(wanted), limit)
 
 
