@@ -54,7 +54,8 @@ def compare(first: Run, second: Run) -> dict[str, Any]:
 
     Each scorer: `first` and `second`, the mean scores of the common items (0 to 100); `difference` with the 95 %
     `interval` of paired differences (None for a single cluster) and `significant`, whether that leaves 0 out;
-    `headline`, both headline values where the metric is another than the mean; items where one side is better."""
+    `headline`, the values of both results, by a `metric` that may be another than the mean; items where one side is
+    better."""
     ours, theirs = first.result, second.result
     if ours["task"] != theirs["task"]:
         raise KeyeError(f"one result is of {ours['task']} and the other of {theirs['task']}: compare one task")
@@ -88,6 +89,7 @@ def _compare_scores(scorer: str, first: Run, second: Run, common: Sequence[str])
         "first": 100 * math.fsum(left) / len(left), "second": 100 * math.fsum(right) / len(right),
         "difference": difference, "interval": interval,
         "significant": None if interval is None else not interval[0] <= 0 <= interval[1],
+        "metric": first.result["scorers"][scorer]["metric"],
         "headline": [run.result["scorers"][scorer]["value"] for run in (first, second)],
         "second_better": len(better["second"]), "first_better": len(better["first"]),
         "equal": len(common) - len(better["second"]) - len(better["first"]),

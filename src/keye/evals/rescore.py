@@ -14,8 +14,7 @@ from typing import Any, Final
 
 from keye.errors import KeyeError
 from keye.evals.predictions import Layout, Prediction, read_predictions
-from keye.evals.result import MISSING, Reply
-from keye.evals.run import score_run
+from keye.evals.result import MISSING, Reply, build_result, score_items, write_result
 from keye.evals.task import EvalItem, Task, TaskSettings
 from keye.units import listed
 
@@ -78,13 +77,10 @@ def _rescore(
     else:
         items = list(task.read(folder, settings))
         replies, joined = _match(path, items, predictions)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
     try:
-        return score_run(
-            task, items, replies, folder=output, scorers=scorers, model=None, settings=None,
-            source={"file": path.name, "layout": layout, "matched_by": joined},
-        )  # fmt: skip
+        scored = {name: score_items(task, items, replies, name) for name in scorers}
+        source = {"file": path.name, "layout": layout, "matched_by": joined}
+        result = build_result(task, items, replies, scored, source=source)
     except (LookupError, TypeError, AttributeError) as error:  # a scorer reads what the rows do not have
         if folder is not None:
             raise
@@ -93,6 +89,10 @@ def _rescore(
             f"rows of {path} lack {lacking}, which scorers of {task.name} read (they have "
             f"{_named(items[0].document)}): name the task's data with --data"
         ) from None
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_result(output, result, scored)
+    return result
 
 
 def _items_of(task: Task, rows: Sequence[Prediction], layout: Layout) -> list[EvalItem]:

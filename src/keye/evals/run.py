@@ -127,20 +127,6 @@ def score_run(
     return result
 
 
-def data_folder(task: Task, root: Path) -> Path:
-    """Where the data of a task are: the folder of its name in `root` or of its repository's name, else `root`."""
-    for name in (task.name, task.source.rpartition("/")[2]):
-        if name and (root / name).is_dir():
-            return root / name
-    return root
-
-
-def _frames_of(settings: RunSettings) -> dict[str, int]:
-    """The number of frames, for prompts that depend on it."""
-    frames = settings.media.get("nframes")
-    return {"frames": frames} if isinstance(frames, int) else {}
-
-
 def read_items(task: Task, folder: Path, settings: RunSettings, *, allow_missing: bool = False) -> list[EvalItem]:
     """The items of a run. `KeyeError` for a task that cannot be run, rows that lack fields, two items of one id, and
     media that are not there, which are named and counted."""
@@ -170,6 +156,12 @@ def read_items(task: Task, folder: Path, settings: RunSettings, *, allow_missing
                 Option("allow_missing"),
             )
     return items
+
+
+def _frames_of(settings: RunSettings) -> dict[str, int]:
+    """The number of frames, for prompts that depend on it."""
+    frames = settings.media.get("nframes")
+    return {"frames": frames} if isinstance(frames, int) else {}
 
 
 class _Shape:

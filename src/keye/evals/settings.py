@@ -14,7 +14,7 @@ from keye.config.media import IMAGE_OPTIONS, VIDEO_OPTIONS
 from keye.errors import KeyeError
 
 if TYPE_CHECKING:
-    from keye.evals.task import EvalItem
+    from keye.evals.task import EvalItem, Task
 
 #: Longest reply where neither the user nor the task says, in tokens: without and with reasoning.
 MAX_TOKENS: Final = 1024
@@ -138,3 +138,11 @@ def digest_prompts(items: Iterable[EvalItem]) -> str:
         (item.id, item.system, [part.get("text") if part["type"] == "text" else part["type"] for part in item.content])
         for item in items
     )
+
+
+def data_folder(task: Task, root: Path) -> Path:
+    """Where the data of a task are: the folder of its name in `root` or of its repository's name, else `root`."""
+    for name in (task.name, task.source.rpartition("/")[2]):
+        if name and (root / name).is_dir():
+            return root / name
+    return root

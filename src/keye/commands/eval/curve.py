@@ -72,7 +72,8 @@ def curve(
     from keye.commands.shared import inputs, show
     from keye.config.environment import eval_folder
     from keye.evals.curves import Grid, run_curve
-    from keye.evals.run import RunOptions, data_folder
+    from keye.evals.run import RunOptions
+    from keye.evals.settings import data_folder
     from keye.evals.task import find_task
 
     arguments = {**arguments, "ray": None, "tries": 6, "timeout": None, "attention": None, "allow_private_urls": False}

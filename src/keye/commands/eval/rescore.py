@@ -40,7 +40,7 @@ def rescore(
     from keye.commands.eval.show import print_results
     from keye.commands.shared import inputs, show
     from keye.evals.rescore import rescore as score_file
-    from keye.evals.run import data_folder
+    from keye.evals.settings import data_folder
 
     task = _find_task(name, data)
     folder = None if data is None else data_folder(task, data)

@@ -11,7 +11,7 @@ import click
 
 from keye.commands import batch
 from keye.commands.shared import options
-from keye.errors import KeyeError
+from keye.errors import KeyeError, missing_package
 
 if TYPE_CHECKING:
     from keye.api import Keye
@@ -105,9 +105,13 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
     from keye.commands.shared import inputs, show
     from keye.config.environment import eval_folder
     from keye.evals.page import build_report
-    from keye.evals.run import RunOptions, data_folder, export_predictions, run_task
+    from keye.evals.settings import data_folder
     from keye.evals.task import find_tasks
 
+    try:
+        from keye.evals.run import RunOptions, export_predictions, read_items, run_task
+    except ModuleNotFoundError as error:
+        raise missing_package(error.name, "keye eval", "eval") from None
     arguments = {**arguments, "allow_private_urls": False}
     batch.check_workers(arguments)
     if arguments["key"] is not None and not arguments["servers"]:
@@ -118,15 +122,17 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
 
         chosen = {name: as_search(task) for name, task in chosen.items()}
     settings = settings_of(arguments)
-    root = data or eval_folder()
+    folders = {name: data_folder(task, data or eval_folder()) for name, task in chosen.items()}
+    for name, task in chosen.items() if len(chosen) > 1 else ():  # before the first of them runs for hours
+        read_items(task, folders[name], settings, allow_missing=arguments["allow_missing"])
     results = []
     with inputs.open_decoder(arguments["decode"]) as decoder:
         workers = TaskWorkers(arguments, decoder)
         model, judge = workers.facts(), _judge(arguments)
-        for task in chosen.values():
+        for key, task in chosen.items():
             with show.progress_bar(task.name, notes=True) as advance:
                 work = RunOptions(workers, model, arguments["allow_missing"], judge, advance)
-                results.append(run_task(task, data_folder(task, root), settings, output, work))
+                results.append(run_task(task, folders[key], settings, output, work))
             for name in form:
                 export_predictions(output / task.name, name)
     build_report(results, output / REPORT_NAME)

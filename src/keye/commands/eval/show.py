@@ -13,6 +13,8 @@ from keye.units import plural
 
 #: Characters of a line where standard output is not a terminal.
 _WIDTH: Final = 160
+#: Points up to which a headline is the mean of the items.
+_SAME: Final = 0.005
 
 
 def print_results(results: Sequence[Mapping[str, Any]]) -> None:
@@ -93,6 +95,16 @@ def print_comparison(data: Mapping[str, Any]) -> None:
     console = _console()
     console.print(f"{data['task']}: {plural(data['items'], 'item')} in both results")
     console.print(_table(rows, texts=("scorer",)))
+    for scorer, row in data["scorers"].items():
+        ours, theirs = row["headline"]
+        if (
+            ours is not None
+            and theirs is not None
+            and max(abs(ours - row["first"]), abs(theirs - row["second"])) > _SAME
+        ):
+            console.print(
+                f"{row['metric']} by {scorer}, all items of each: {ours:.2f} and {theirs:.2f}", soft_wrap=True
+            )
     only = data["only_first"] + data["only_second"]
     if only:
         console.print(

@@ -94,7 +94,7 @@ def _describe(task: Task, root: Path) -> dict[str, Any]:
 def _state(task: Task, root: Path) -> tuple[str, str | None]:
     """Whether the data are here: "complete", "incomplete", "not here" or "needs none"; and the first thing that is
     wrong."""
-    from keye.evals.run import data_folder
+    from keye.evals.settings import data_folder
 
     if "/" not in task.source:
         return "needs none", None
