@@ -44,6 +44,8 @@ _SCHEME: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _NUMBERED: Final = re.compile(r"line-\d+")
 #: Surrogates, which no text in UTF-8 has.
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+#: Longest cell of a CSV file, in characters: texts of questions are far shorter.
+_MOST_CELL: Final = 1 << 17
 #: Digits of the longest whole number that is read.
 _MOST_DIGITS: Final = 400
 #: What servers call files that were uploaded before.
@@ -173,6 +175,9 @@ def _csv_lines(path: Path, data: bytes) -> Iterator[tuple[int, bytes, object]]:
         if row is None:
             return
         surplus = row.pop(None, None)
+        if any(len(cell) > _MOST_CELL for cell in row.values() if cell):
+            yield rows.line_num, f"{rows.line_num}".encode(), f"a cell has more than {_MOST_CELL:,} characters"
+            continue
         raw = json.dumps(row, sort_keys=True).encode()
         if _is_broken(row.values()) or _is_broken(surplus):
             yield rows.line_num, raw, "the row is not in UTF-8; save the file as UTF-8"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, Final
 
 import click
 
 from keye.commands.shared import options
+from keye.errors import KeyeError
 
 #: Where each verb is, and its line in the help. A task must not have the name of one.
 VERBS: Final = {
@@ -27,6 +29,8 @@ class _Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*VERBS, "-h", "--help"):
+            if not args[0].startswith("-"):
+                _check_name(args[0])
             args = ["run", *args]
         return super().parse_args(ctx, args)
 
@@ -44,6 +48,18 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in VERBS.items()])
+
+
+def _check_name(name: str) -> None:
+    """`KeyeError` for what is neither a task nor, by a slip, a verb."""
+    from keye.evals.task import find_tasks
+
+    if verbs := get_close_matches(name, VERBS, 1):
+        try:
+            find_tasks(name)
+        except KeyeError as error:
+            raise KeyeError("{}; did you mean {}?", str(error).partition(":")[0], verbs[0]) from None
+    find_tasks(name)
 
 
 @click.group(name="eval", cls=_Group, context_settings=options.CONTEXT)
