@@ -40,8 +40,11 @@ MOST_FAILED: Final = 0.05
 _NOTHING: Final = ("Z", "N/A", "Unknown")
 #: Of a normal distribution, for intervals of 95 %.
 Z95: Final = 1.959964
-#: Groups of clusters that are left out in turn where the metric is not a mean over items.
+#: Groups of clusters that are left out in turn where the metric is not a mean over items: most and fewest, and the
+#: items that all summaries together read before there are fewer.
 _FOLDS: Final = 50
+_FEWEST_FOLDS: Final = 20
+_MOST_READ: Final = 1_000_000
 _LETTERED: Final = re.compile(r"^\s*\(?([A-Z])[.):]", re.MULTILINE)
 
 
@@ -158,7 +161,7 @@ def interval_of(task: Task, scorer: str, rows: Sequence[ScoredItem], summary: Su
     """The 95 % interval of the headline with items of one cluster going together; None for a single cluster.
 
     For a mean over items the error is that of `keye.scoring.metrics.clustered_error`; else a jackknife, which leaves
-    out clusters in up to 50 groups."""
+    out clusters in up to 50 groups, 20 of very many items."""
     if summary.value is None:
         return None
     counted = [row for row in rows if row.item.has_gold]
@@ -175,7 +178,7 @@ def interval_of(task: Task, scorer: str, rows: Sequence[ScoredItem], summary: Su
 def _jackknife(measure: Callable[[Sequence[ScoredItem]], float | None], rows: Sequence[ScoredItem]) -> float:
     clusters = sorted({row.item.cluster for row in rows})
     random.Random(0).shuffle(clusters)
-    folds = min(_FOLDS, len(clusters))
+    folds = min(_FOLDS, max(_FEWEST_FOLDS, _MOST_READ // len(rows)), len(clusters)) if rows else 0
     if folds < 2:
         return math.nan
     fold_of = {cluster: number % folds for number, cluster in enumerate(clusters)}
