@@ -132,7 +132,10 @@ def _named(document: Mapping[str, Any]) -> str:
 def complete_document(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with `options` and `answer` under these names, where it has them under others, and lists that stand in
     cells as text read as lists."""
-    document = {name: _literal(value) if isinstance(value, str) else value for name, value in row.items()}
+    document = dict(row)
+    for name, value in row.items():
+        if isinstance(value, str) and value[:1] == "[":
+            document[name] = _literal(value)
     if "options" not in document:
         options: Any = next((document[name] for name in _OPTIONS if isinstance(document.get(name), list)), None)
         if options is None and "A" in document:

@@ -256,8 +256,12 @@ def mean_percent(scored: Sequence[ScoredItem]) -> float | None:
 
 def mean_over(scored: Sequence[ScoredItem], label: str) -> float | None:
     """The unweighted mean of the means of a label's values, 0 to 100; values without items do not count."""
-    means = parts_of(scored).get(label, {})
-    return math.fsum(means.values()) / len(means) if means else None
+    groups: dict[str, list[float]] = defaultdict(list)
+    for entry in scored:
+        if (value := entry.item.labels.get(label)) is not None:
+            groups[value].append(entry.score)
+    means = [100 * math.fsum(scores) / len(scores) for _, scores in sorted(groups.items())]
+    return math.fsum(means) / len(means) if means else None
 
 
 def parts_of(scored: Sequence[ScoredItem]) -> dict[str, dict[str, float]]:
