@@ -221,8 +221,10 @@ def test_a_quantised_folder_says_what_it_holds(run: Callable, tmp_path: Path) ->
     assert data["parameters"] == plain["parameters"] and data["files"]["fits_config"]
     assert data["quantization"]["kind"] == "int4" and plain["quantization"] is None
     assert {fit["dtype"] for fit in data["fits"]} == {"int4"} and data["fits"][0]["weights"] == data["files"]["bytes"]
+    rows = json.loads((tmp_path / "int4/quantization.json").read_text())["rows"]
+    error = next(row["error"] for row in rows if row["part"] == "experts")
     text = run("inspect", tmp_path / "int4").out
-    assert "quantised to int4" in text and "int8 per row" in text and "9.4" in text
+    assert "quantised to int4" in text and "int8 per row" in text and 0.05 < error < 0.15 and f"{error:.2%}" in text
     for damage in ("{", "[]", '{"version": 1, "rows": [{"part": "x"}]}'):
         (tmp_path / "int4/quantization.json").write_text(damage)
         text = run("inspect", tmp_path / "int4").out
