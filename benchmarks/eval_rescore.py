@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from keye.evals.rescore import rescore
+from keye.evals.results.rescore import rescore
 from keye.evals.task import find_task
 
 WORDS = "red green blue round square tall short heavy wooden striped left right broken empty bright yellow".split()

@@ -29,7 +29,7 @@ from keye.data.frameforge import Clip, Question
 from keye.engine.evidence import counted_layers, frame_spans
 from keye.engine.prompt import Prompt
 from keye.engine.sampling import SamplingParams
-from keye.evals.summary import GROUNDING_TASKS
+from keye.evals.figures.summary import GROUNDING_TASKS
 from keye.evals.tasks.frameforge import FRAME_SIZE, ClipPrompt, frames_of
 
 MAX_TOKENS = 64

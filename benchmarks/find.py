@@ -37,7 +37,7 @@ from keye.api import Keye
 from keye.chat.messages import Medium
 from keye.chat.times import Interval
 from keye.data.frameforge import Film, plan_film, write_film
-from keye.evals.searches import SearchRow, summarise_searches
+from keye.evals.figures.searches import SearchRow, summarise_searches
 from keye.evals.tasks.needle import ask_in_one_pass, cpu_seconds, film_questions, summarise_baselines
 from keye.media.source.fetch import fetch_source
 from keye.moments import FindResult

@@ -18,7 +18,7 @@ from keye.chat.times import Interval
 from keye.engine.continuations import continue_sequences
 from keye.engine.engine import Engine
 from keye.engine.evidence import counted_layers
-from keye.evals.searches import percent
+from keye.evals.figures.searches import percent
 from keye.ops import registry
 from keye.ops.backend import Stretch
 from keye.scoring import metrics, search

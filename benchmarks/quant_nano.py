@@ -96,7 +96,7 @@ def policy(kind: str, group: int | None) -> Policy:
 
 
 def importance() -> dict[str, torch.Tensor]:
-    from keye.evals.calibration import frameforge_prompts, measure_importance
+    from keye.evals.health.calibration import frameforge_prompts, measure_importance
 
     return measure_importance(keye.load("nano"), frameforge_prompts())
 

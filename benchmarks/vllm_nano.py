@@ -31,7 +31,7 @@ from openai import OpenAI
 from keye.data.frameforge import write_mp4
 from keye.data.frameforge.questions import Question
 from keye.data.frameforge.scene import Clip
-from keye.evals.summary import summarise
+from keye.evals.figures.summary import summarise
 from keye.evals.tasks.frameforge import FILE_SIZE, EvalOptions, exam, score
 from keye.hub import asset
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from keye.errors import KeyeError
-from keye.evals.calibration import frameforge_prompts, read_prompts
+from keye.evals.health.calibration import frameforge_prompts, read_prompts
 
 
 def test_a_table_is_printed_and_kept(run: Callable, folder: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import keye
 from keye import Keye
 from keye.cli import main
 from keye.errors import KeyeError
-from keye.evals.checkup import answer_nats, picture_questions, run_checkup
-from keye.evals.verdict import STATED, Ranges, conclude, ranges_of, read_ranges, save_ranges
+from keye.evals.health.checkup import answer_nats, picture_questions, run_checkup
+from keye.evals.health.verdict import STATED, Ranges, conclude, ranges_of, read_ranges, save_ranges
 from keye.hub import asset
 from keye.models.attention import Attention
 from keye.models.moe import Experts
@@ -178,7 +178,7 @@ def test_tensors_are_left_as_they_are() -> None:
     """Looking at the weights changes none."""
     model = keye.load("nano")
     before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    from keye.evals.checkup import count_levels
+    from keye.evals.health.checkup import count_levels
 
     assert count_levels(model) > 32
     assert all(torch.equal(before[name], tensor) for name, tensor in model.model.state_dict().items())

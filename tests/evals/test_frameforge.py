@@ -16,7 +16,7 @@ from keye.engine.engine import Engine
 from keye.engine.prompt import PromptBuilder
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
-from keye.evals.summary import Scored
+from keye.evals.figures.summary import Scored
 from keye.evals.tasks.frameforge import (
     ClipPrompt,
     EvalOptions,

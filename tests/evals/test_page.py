@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from keye.evals.faults import FAULTS, find_fault
-from keye.evals.page import build_report
 from keye.evals.published import DIMENSIONS, PUBLISHED, find_published
+from keye.evals.results.page import build_report
 
 
 def figures(value: float | None, **changes: Any) -> dict[str, Any]:

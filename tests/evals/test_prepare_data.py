@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from keye.errors import KeyeError
-from keye.evals.prepare import unpack_archives
+from keye.evals.data.prepare import unpack_archives
 
 
 def write_tar(path, members, mode="w"):

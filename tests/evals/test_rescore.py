@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from keye.errors import KeyeError
-from keye.evals.predictions import read_predictions
-from keye.evals.rescore import rescore
+from keye.evals.results.predictions import read_predictions
+from keye.evals.results.rescore import rescore
 from keye.evals.run import ModelFacts, RunOptions, export_predictions, run_task
 from keye.evals.settings import RunSettings
 from tests.evals.fake_task import OPTIONS, TASK, FakeWorker, number_of, reply, right, write_data

@@ -14,9 +14,9 @@ import pytest
 from keye.batch.manifest import Item
 from keye.batch.workers import Answer, WorkerLost
 from keye.errors import KeyeError
-from keye.evals.compare import compare, read_run
 from keye.evals.judge import Judge
-from keye.evals.result import read_result
+from keye.evals.results.compare import compare, read_run
+from keye.evals.results.result import read_result
 from keye.evals.run import ModelFacts, RunOptions, run_task
 from keye.evals.settings import RunSettings
 from tests.evals.fake_task import TASK, FakeWorker, number_of, reply, right, write_data

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from keye.evals.searches import SearchRow, summarise_searches
+from keye.evals.figures.searches import SearchRow, summarise_searches
 from keye.moments import Coverage, FindResult, Moment
 from keye.scoring.calibration import fit_logistic
 from keye.scoring.search import (

@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from keye.evals.report import print_report
-from keye.evals.summary import WHOLE_VIDEO, Scored, summarise
+from keye.evals.figures.report import print_report
+from keye.evals.figures.summary import WHOLE_VIDEO, Scored, summarise
 
 
 def make_answer(cluster, task, gold, correct):

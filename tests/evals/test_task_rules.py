@@ -8,7 +8,7 @@ import pytest
 
 from keye.errors import KeyeError
 from keye.evals.choices import split_options
-from keye.evals.files import parse_list
+from keye.evals.data.files import parse_list
 from keye.evals.settings import RunSettings, build_lines
 from keye.evals.task import EvalItem, ItemScore, ScoredItem, Task, TaskSettings, find_task, list_tasks
 from keye.evals.tasks.videomme_v2 import score_group

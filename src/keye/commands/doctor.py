@@ -18,7 +18,7 @@ from keye.process import available_cores, main_memory
 from keye.units import format_bytes, format_count, one_line
 
 if TYPE_CHECKING:
-    from keye.evals.verdict import Ranges
+    from keye.evals.health.verdict import Ranges
 
 #: Instruction sets that decide how fast matrix products are on this processor, as Linux names them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
@@ -89,8 +89,8 @@ def check_model(
 
     from keye.commands.shared import inputs, show
     from keye.errors import KeyeWarning
-    from keye.evals.checkup import run_checkup
-    from keye.evals.verdict import conclude, is_ranges_file, ranges_of, read_ranges, save_ranges
+    from keye.evals.health.checkup import run_checkup
+    from keye.evals.health.verdict import conclude, is_ranges_file, ranges_of, read_ranges, save_ranges
     from keye.files import check_output
 
     if output is not None:

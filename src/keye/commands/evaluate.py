@@ -36,7 +36,7 @@ def frameforge(
     keye eval frameforge --split unseen --frames 64-64 --json
     """
     from keye.commands.shared import inputs, show
-    from keye.evals.report import print_report
+    from keye.evals.figures.report import print_report
     from keye.evals.tasks.frameforge import EvalOptions, parse_frames
     from keye.evals.tasks.frameforge import evaluate as run
 
@@ -80,7 +80,7 @@ def needle(
     keye eval needle --films 12 --minutes 120 --questions 10 --json
     """
     from keye.commands.shared import inputs, show
-    from keye.evals.report import print_needle_report
+    from keye.evals.figures.report import print_needle_report
     from keye.evals.tasks.needle import NeedleOptions
     from keye.evals.tasks.needle import evaluate as run
 

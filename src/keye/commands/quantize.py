@@ -79,7 +79,7 @@ def _calibration(
     model: str, mmproj: Path | None, folder: Path, config: KeyeConfig, prompts: str, threads: int | None
 ) -> Callable[[], Mapping[str, Tensor]]:
     """Has the model answer prompts; one that does not fit the free memory answers them in int4."""
-    from keye.evals.calibration import measure_importance, read_prompts
+    from keye.evals.health.calibration import measure_importance, read_prompts
 
     conversations = read_prompts(prompts)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keye.errors import KeyeError, brief
-from keye.evals.files import parse_list
+from keye.evals.data.files import parse_list
 from keye.evals.tables import TableTask
 from keye.evals.task import ItemScore
 from keye.scoring.official.registry import Document

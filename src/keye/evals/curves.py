@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.errors import KeyeError
-from keye.evals.compare import compare, read_run
-from keye.evals.page import REPORT_NAME, build_report
-from keye.evals.result import SCORES_NAME, Z95
+from keye.evals.results.compare import compare, read_run
+from keye.evals.results.page import REPORT_NAME, build_report
+from keye.evals.results.result import SCORES_NAME, Z95
 from keye.evals.run import PREDICTIONS_NAME, RunOptions, run_task
 from keye.evals.settings import RunSettings
 from keye.evals.task import STRICT, Task

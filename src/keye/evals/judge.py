@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from keye.batch.journal import Journal
 from keye.batch.manifest import Item
 from keye.batch.run import Batch
-from keye.evals.result import VERDICT, Reply, score_items
+from keye.evals.results.result import VERDICT, Reply, score_items
 from keye.evals.task import STRICT, EvalItem, ScoredItem, Task
 
 if TYPE_CHECKING:

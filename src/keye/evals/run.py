@@ -4,7 +4,7 @@ record, and questions about one video meet it in one place. Then everything is s
     OUTPUT/<task>/run.json           what was asked of which model: a later run must agree
     OUTPUT/<task>/predictions.jsonl  one record for each item, written as replies come
     OUTPUT/<task>/scores.jsonl       each item's scores
-    OUTPUT/<task>/result.json        the result (`keye.evals.result`)
+    OUTPUT/<task>/result.json        the result (`keye.evals.results.result`)
 
 An item that fails is asked again by the next run, and counts as wrong until it succeeds.
 """
@@ -27,8 +27,8 @@ from keye.batch.manifest import BadLine
 from keye.batch.run import Batch
 from keye.errors import KeyeError, Option
 from keye.evals.judge import Judge, judge_items
-from keye.evals.predictions import write_predictions
-from keye.evals.result import JUDGED, MISSING, Reply, build_result, score_items, write_result
+from keye.evals.results.predictions import write_predictions
+from keye.evals.results.result import JUDGED, MISSING, Reply, build_result, score_items, write_result
 from keye.evals.settings import RunSettings, build_lines, digest_prompts, missing_media
 from keye.evals.task import EvalItem, Task, TaskSettings
 from keye.files import complete_file
@@ -249,7 +249,7 @@ def read_replies(path: Path) -> dict[str, Reply]:
 
 
 def export_predictions(folder: Path, form: str) -> Path:
-    """Writes the predictions of a task's folder in the form of others (`keye.evals.predictions`), in the order in which
+    """Writes the predictions of a task's folder in the form of others (`results.predictions`), in the order in which
     they came, and returns the path."""
     path = folder / ("samples.jsonl" if form == "lmms-eval" else "predictions.tsv")
     with (folder / PREDICTIONS_NAME).open(encoding="utf-8") as file, complete_file(path) as draft:

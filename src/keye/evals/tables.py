@@ -17,7 +17,7 @@ from typing import Any
 
 from keye.data.samples import BadRow, Place
 from keye.errors import KeyeError
-from keye.evals.files import DataFolder, NoFolder, read_rows
+from keye.evals.data.files import DataFolder, NoFolder, read_rows
 from keye.evals.task import DataReport, EvalItem, Task, TaskSettings
 
 #: Sentences of one kind that a report shows.

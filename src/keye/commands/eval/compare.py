@@ -26,7 +26,7 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
     """
     from keye.commands.eval.show import print_comparison
     from keye.commands.shared import show
-    from keye.evals import compare as comparing
+    from keye.evals.results import compare as comparing
 
     ours, theirs = comparing.list_runs(first), comparing.list_runs(second)
     common = [task for task in ours if task in theirs]

@@ -39,7 +39,7 @@ def rescore(
     """
     from keye.commands.eval.show import print_results
     from keye.commands.shared import inputs, show
-    from keye.evals.rescore import rescore as score_file
+    from keye.evals.results.rescore import rescore as score_file
     from keye.evals.settings import data_folder
 
     task = _find_task(name, data)

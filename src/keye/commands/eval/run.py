@@ -104,7 +104,7 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
     from keye.commands.eval.show import print_results
     from keye.commands.shared import inputs, show
     from keye.config.environment import eval_folder
-    from keye.evals.page import build_report
+    from keye.evals.results.page import build_report
     from keye.evals.settings import data_folder
     from keye.evals.task import find_tasks
 

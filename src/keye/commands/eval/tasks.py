@@ -125,7 +125,7 @@ def prepare(name: str, source: Path | None, probes: int, download: bool, unpack:
     """
     from keye.commands.shared import inputs, show
     from keye.config.environment import eval_folder
-    from keye.evals.prepare import unpack_archives
+    from keye.evals.data.prepare import unpack_archives
     from keye.evals.task import find_task
     from keye.units import format_bytes
 
@@ -175,7 +175,7 @@ def _print_report(task: Task, data: Mapping[str, Any]) -> None:
 
 def _broken_media(task: Task, folder: Path, probes: int) -> dict[str, str]:
     """Those of a sample of media, evenly over the data, that cannot be opened by the decode workers, and why."""
-    from keye.evals.probe import probe_media
+    from keye.evals.data.probe import probe_media
     from keye.evals.task import TaskSettings
 
     names = list(dict.fromkeys(

@@ -36,7 +36,7 @@ from keye.engine.prompt import ContextBudget, Prompt, PromptBuilder
 from keye.engine.runtime import Runtime
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
-from keye.evals.summary import Scored, summarise
+from keye.evals.figures.summary import Scored, summarise
 from keye.media.pixels.patches import resize_bilinear
 from keye.media.sizes import compute_frame_sizes
 from keye.media.source.fetch import fetch_source
@@ -126,7 +126,7 @@ def parse_frames(text: str) -> tuple[int, int]:
 def evaluate(runtime: Runtime, options: EvalOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Asks `options.questions` questions and returns figures as plain data for JSON.
 
-    `accuracy` and `miou` (0 to 100) are those of the given mode; `keye.evals.summary.summarise` names every field.
+    `accuracy` and `miou` (0 to 100) are those of the given mode; `figures.summary.summarise` names every field.
     `progress(done, total)` is called after each clip. KeyeError when the model cannot run in the mode asked for, or a
     clip does not fit its context.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from keye.errors import KeyeError, is_number
-from keye.evals.files import DataFolder, parse_list
+from keye.evals.data.files import DataFolder, parse_list
 from keye.evals.tables import TableTask, text_part, video_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, TaskSettings, mean_percent, split_gold
 from keye.scoring.metrics import interval_iou

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.evals.choices import ChoiceTask, ask_letter, letter_of, read_columns, read_options, split_options
-from keye.evals.files import DataFolder
+from keye.evals.data.files import DataFolder
 from keye.evals.tables import image_part, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, TaskSettings, mean_over, split_gold
 from keye.evals.tasks.subjects import SHORT, score_open

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from keye.evals.files import DataFolder, parse_list
+from keye.evals.data.files import DataFolder, parse_list
 from keye.evals.tables import TableTask, image_part, text_part
 from keye.evals.task import EvalItem, ItemScore, TaskSettings
 from keye.scoring.official.registry import Document

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.evals.choices import LETTERS, ChoiceTask, gold_letter, letter_of, list_options, read_options, split_options
-from keye.evals.files import DataFolder, parse_list
+from keye.evals.data.files import DataFolder, parse_list
 from keye.evals.tables import image_part, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, TaskSettings, split_gold
 from keye.evals.tasks.subjects import gold_answers, score_open

@@ -25,7 +25,7 @@ from keye.data.frameforge.film_file import write_film
 from keye.engine.media import Frames
 from keye.engine.sampling import SamplingParams
 from keye.errors import KeyeError
-from keye.evals.searches import SearchRow, percent, summarise_searches
+from keye.evals.figures.searches import SearchRow, percent, summarise_searches
 from keye.evals.tasks.frameforge import SPLITS, ClipPrompt
 from keye.media.source.fetch import fetch_source
 from keye.media.video import VideoReader
@@ -78,7 +78,7 @@ class NeedleOptions:
 
 
 def evaluate(model: Keye, options: NeedleOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Asks all questions and returns figures as plain data for JSON (`keye.evals.searches.summarise_searches`), with
+    """Asks all questions and returns figures as plain data for JSON (`figures.searches.summarise_searches`), with
     `baselines`. `progress(done, total)` is called after each question."""
     rows, others = list[SearchRow](), list[SearchRow]()
     total = 2 * options.films * options.questions

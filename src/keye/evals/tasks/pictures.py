@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.errors import KeyeError
-from keye.evals.files import DataFolder, parse_list
+from keye.evals.data.files import DataFolder, parse_list
 from keye.evals.tables import TableTask, image_part, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, TaskSettings, split_gold
 from keye.evals.tasks.subjects import SHORT

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from keye.evals.choices import LETTERS, ChoiceTask, ask_letter, gold_letter, list_options, read_options
-from keye.evals.files import DataFolder, parse_list
+from keye.evals.data.files import DataFolder, parse_list
 from keye.evals.tables import image_part, text_part, video_part
 from keye.evals.task import EvalItem, ItemScore, TaskSettings
 from keye.scoring.official.registry import Document

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from keye.evals.choices import LETTERS, split_options
-from keye.evals.files import DataFolder
+from keye.evals.data.files import DataFolder
 from keye.evals.tables import TableTask, text_part, video_part
 from keye.evals.task import EvalItem, ItemScore, TaskSettings
 from keye.scoring.official.registry import Document

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from keye.data.samples import BadRow
 from keye.errors import KeyeError
-from keye.evals.files import DataFolder, parse_list, read_rows
+from keye.evals.data.files import DataFolder, parse_list, read_rows
 from keye.evals.tables import TableTask, text_part
 from keye.evals.task import STRICT, EvalItem, ItemScore, ScoredItem, Summary, Task, TaskSettings, split_gold
 from keye.scoring.official.instructions import check_instructions

@@ -10,7 +10,7 @@ from typing import Any
 
 from keye.errors import KeyeError
 from keye.evals.choices import ChoiceTask, ask_letter, gold_letter, letter_of, read_options, split_options
-from keye.evals.files import DataFolder, NoFolder, parse_list
+from keye.evals.data.files import DataFolder, NoFolder, parse_list
 from keye.evals.tables import text_part, video_part
 from keye.evals.task import STRICT, EvalItem, ScoredItem, Summary, TaskSettings, mean_over, split_gold
 from keye.media.subtitles import read_subtitle_file

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from keye.errors import KeyeError
 from keye.evals.choices import LETTER_ONLY, REASON_FIRST, ChoiceTask, gold_letter
-from keye.evals.files import DataFolder, parse_literal
+from keye.evals.data.files import DataFolder, parse_literal
 from keye.evals.tables import text_part, video_part
 from keye.evals.task import STRICT, EvalItem, ScoredItem, Summary, TaskSettings, mean_percent, split_gold
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.errors import KeyeError
-from keye.evals.predictions import Layout, Prediction, read_predictions
-from keye.evals.result import MISSING, Reply, build_result, score_items, write_result
+from keye.evals.results.predictions import Layout, Prediction, read_predictions
+from keye.evals.results.result import MISSING, Reply, build_result, score_items, write_result
 from keye.evals.task import EvalItem, Task, TaskSettings
 from keye.units import listed
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Final
 
 from keye.errors import KeyeError
-from keye.evals.files import ARCHIVES, PICTURES, VIDEOS, DataFolder
+from keye.evals.data.files import ARCHIVES, PICTURES, VIDEOS, DataFolder
 from keye.files import output_file
 from keye.units import GIB, MIB, format_bytes
 

@@ -1,7 +1,7 @@
 """The report of evaluations: one HTML file that loads nothing, with the scores of every scorer beside their intervals,
 what failed or said nothing, the costs, the digests, and what the reports of others say, marked as theirs.
 
-Plain data in, text out: reads the results of `keye.evals.result`, and knows neither models nor tasks.
+Plain data in, text out: reads the results of `keye.evals.results.result`, and knows neither models nor tasks.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Result = Mapping[str, Any]
 def build_report(
     results: Sequence[Result], path: Path, *, comparisons: Sequence[Mapping[str, Any]] = (), charts: Sequence[str] = ()
 ) -> None:
-    """Writes the report of one or several results. `comparisons` are those of `keye.evals.compare`, `charts` figures
-    (HTML) that come first. `KeyeError` where the file cannot be written."""
+    """Writes the report of one or several results. `comparisons` are those of `compare`, `charts` figures (HTML) that
+    come first. `KeyeError` where the file cannot be written."""
     models = list(dict.fromkeys(_model(result) for result in results))
     title = f"Evaluation of {', '.join(models)}" if models else "Evaluation"
     parts = [f"<h1>{to_text(title)}</h1>", *_warnings(results), *charts]
@@ -258,7 +258,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _comparison(comparison: Mapping[str, Any]) -> str:
-    """A paired comparison of `keye.evals.compare`."""
+    """A paired comparison of `keye.evals.results.compare`."""
     first, second = (_model({"model": comparison.get(side)}) for side in ("first", "second"))
     kind = comparison.get("kind") or (f"{second} against {first}" if first != second else "second against first run")
     frames = f", at most {comparison['frames']:,} frames" if comparison.get("frames") else ""

@@ -1,7 +1,7 @@
 """Short questions that tell a healthy model from one that was set up or converted wrongly: what `keye doctor` asks.
 
 Each probe is one number. Log-probabilities of known answers are taken under the template and the frame text in use and
-under keye's own, so that either differs from damaged weights; `keye.evals.verdict` compares and concludes.
+under keye's own, so that either differs from damaged weights; `keye.evals.health.verdict` compares and concludes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the numbers of `keye.evals.checkup` say: ranges of a healthy model, and what is wrong where they are missed."""
+"""What the numbers of `checkup` say: ranges of a healthy model, and what is wrong where they are missed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 
 from keye.config import KeyeConfig, read_json
 from keye.errors import KeyeError
-from keye.evals.checkup import Probes
+from keye.evals.health.checkup import Probes
 from keye.files import is_json_with, output_file
 from keye.hub import asset
 

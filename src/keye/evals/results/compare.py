@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keye.errors import KeyeError
-from keye.evals.result import SCORES_NAME, Z95, read_result
+from keye.evals.results.result import SCORES_NAME, Z95, read_result
 from keye.scoring.metrics import clustered_error
 
 #: Facts of a run of which a comparison says that they differ.

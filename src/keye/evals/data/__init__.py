@@ -1,0 +1,1 @@
+"""Data of benchmarks on disk: tables, archives, media that decode."""

@@ -1,0 +1,1 @@
+"""Figures of evaluations over generated videos, and their tables for a terminal."""
