@@ -100,7 +100,7 @@ OTHERS = [
     (archive("ppt/presentation.xml"), "a PowerPoint document"),
     (archive("clip.mp4"), "a ZIP archive, which is not read; unpack it"),
     (tar(), "a TAR archive"),
-    (gzip.compress(b"x"), "a gzip archive"),
+    (gzip.compress(b"x", mtime=0), "a gzip archive"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n", "a PostScript document"),
     (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
     (b"<!DOCTYPE html><html></html>", "a web page"),
