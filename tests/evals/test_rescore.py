@@ -90,6 +90,18 @@ def test_our_own_predictions_give_the_score_of_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "result.json").is_file()
 
 
+def test_items_without_gold_stay_uncounted(tmp_path: Path) -> None:
+    rows = [
+        {"line_digest": "x", "id": str(n), "prediction": "A", "error": None, "has_gold": n < 2,
+         "document": {"answer": "A", "options": list("wxyz")}}
+        for n in range(5)
+    ]  # fmt: skip
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures = rescore(path, TASK, ["strict"])["scorers"]["strict"]
+    assert figures["n"] == 2 and figures["value"] == 100
+
+
 @pytest.mark.parametrize("form", ["lmms-eval", "vlmevalkit"])
 def test_exports_are_read_back(form: str, tmp_path: Path) -> None:
     data, out = write_data(tmp_path / "data", 12), tmp_path / "out"

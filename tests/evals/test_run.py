@@ -196,6 +196,11 @@ def test_reasoning_is_kept_apart(data: Path, out: Path) -> None:
     assert records(out)["q1"]["reasoning"] == "B or C? no" and records(out)["q1"]["prediction"] == "A"
 
 
+def test_subtitles_that_change_no_prompt_are_an_error(data: Path, out: Path) -> None:
+    with pytest.raises(KeyeError, match="changes no prompt of letters"):
+        ask(data, out, FakeWorker(right), RunSettings(prompt={"subtitles": True}))
+
+
 def test_two_items_of_one_id_are_an_error(data: Path, out: Path) -> None:
     lines = (data / "items.jsonl").read_text().splitlines()
     (data / "items.jsonl").write_text("\n".join([*lines, lines[3]]))

@@ -173,3 +173,11 @@ def test_long_replies_are_read(read: Callable[[str], Any]) -> None:
     read("x" * 500_000 + "".join(PIECES) * 500)
     for piece in PIECES:
         read((piece * 2_000)[:2_000])
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [("Yes/No: No", False), ("No. Actually, yes.", True), ("Yes... wait, no.", False), ("是/否：否", False)],
+)
+def test_headings_and_corrections_of_yes_and_no(reply, expected):
+    assert find_yes_no(reply) is expected

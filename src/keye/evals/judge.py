@@ -40,10 +40,11 @@ _GOLD_FIELDS: Final = ("answer", "gold", "target", "label", "number", "span")
 @dataclass(frozen=True)
 class Judge:
     """`open_worker` makes the worker that asks the server; `model` is what the server calls its model, None for its
-    first."""
+    first, for which verdicts are kept by the address `server`."""
 
     open_worker: Callable[[], Worker]
     model: str | None = None
+    server: str | None = None
 
 
 def judge_items(
@@ -117,7 +118,9 @@ def _body(prompt: str) -> Mapping[str, Any]:
 
 
 def _digest(judge: Judge, prompt: str) -> str:
-    return hashlib.sha256(json.dumps([judge.model, _body(prompt)], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        json.dumps([judge.model or judge.server, _body(prompt)], sort_keys=True).encode()
+    ).hexdigest()[:32]
 
 
 def _shape_verdict(name: str, record: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +42,8 @@ RUN_NAME: Final = "run.json"
 #: Parts of a weight file of which a digest is taken, and bytes of each.
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 1 << 16
+#: Files of a model on which replies depend: weights, settings, vocabularies and chat templates.
+_WEIGHTS: Final = (".json", ".safetensors", ".gguf", ".jinja", ".txt", ".model")
 
 Progress = Callable[[int, int], None]
 
@@ -138,6 +140,7 @@ def read_items(task: Task, folder: Path, settings: RunSettings, *, allow_missing
         known = ", ".join(TaskSettings.__dataclass_fields__)
         raise KeyeError(f"prompt holds {sorted(settings.prompt)}; settings of prompts are {known}") from None
     items = list(itertools.islice(task.read(folder, task_settings), settings.limit))
+    _check_prompt(task, folder, settings, task_settings, items)
     if not items:
         raise KeyeError(
             f"{folder} has no items of {task.name}: `keye eval prepare {task.name} --from {folder}` says why"
@@ -156,6 +159,22 @@ def read_items(task: Task, folder: Path, settings: RunSettings, *, allow_missing
                 Option("allow_missing"),
             )
     return items
+
+
+def _check_prompt(
+    task: Task, folder: Path, settings: RunSettings, requested: TaskSettings, items: Sequence[EvalItem]
+) -> None:
+    """`KeyeError` for subtitles or reasoning that are asked for and change no prompt: a result must not claim them."""
+    for name, other in (
+        ("subtitles", replace(requested, subtitles=False)),
+        ("reasoning", replace(requested, reasoning=False)),
+    ):
+        if not getattr(requested, name) or not items:
+            continue
+        without = itertools.islice(task.read(folder, other), settings.limit)
+        if digest_prompts(without) == digest_prompts(items):
+            lost = f", or its files are not in {folder}" if name == "subtitles" else ""
+            raise KeyeError("{} changes no prompt of {}: the task has none" + lost, Option(name), task.name)
 
 
 def _frames_of(settings: RunSettings) -> dict[str, int]:
@@ -177,6 +196,7 @@ class _Shape:
             "prediction": record.get("text"), "reasoning": record.get("reasoning"), "error": record["error"],
             "finish_reason": record.get("finish_reason"), "usage": _usage(record.get("usage")),
             "seconds": record.get("seconds"), "document": dict(item.document), "labels": dict(item.labels),
+            "has_gold": item.has_gold,
         }  # fmt: skip
 
 
@@ -262,7 +282,7 @@ def digest_weights(folder: Path) -> str:
     that 60 GB take a second."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".gguf") or not path.is_file():
+        if path.suffix not in _WEIGHTS or not path.is_file():
             continue
         size = path.stat().st_size
         total.update(f"{path.name} {size}\0".encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -218,7 +219,15 @@ class TaskWorkers:
         name = arguments["model"] or "nano"
         folder = inputs.find_model(name, arguments["mmproj"])
         engine = {key: str(arguments[key]) for key in (*_ENGINE, "through") if arguments.get(key) is not None}
+        if (template := arguments["template"]) != "auto":
+            engine["template"] = _digest_file(Path(template)) if Path(template).is_file() else template
+        if arguments["adapter"] and (adapter := Path(arguments["adapter"].rpartition("=")[2])).is_dir():
+            engine["adapter_weights"] = digest_weights(adapter)
         return ModelFacts(Path(name).name if Path(name).exists() else name, digest_weights(folder), engine)
+
+
+def _digest_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 async def _first_model(worker: Any) -> str:
@@ -252,4 +261,4 @@ def _judge(arguments: Mapping[str, Any]) -> Judge | None:
             arguments["judge"], model=model, key=key, slots=_JUDGE_SLOTS, tries=arguments["tries"], seconds=seconds
         )
 
-    return Judge(open_worker, model)
+    return Judge(open_worker, model, arguments["judge"])

@@ -37,8 +37,8 @@ _SAMPLE_FIELDS: Final = frozenset({
 @dataclass(frozen=True)
 class Prediction:
     """One row: `number` counts from 0; `id` is its own, where it has one; `text` is None where the row says that there
-    was no reply, and `error` why. `document` are all other fields that it brings, `labels` and `cluster` what keye
-    wrote beside them."""
+    was no reply, and `error` why. `document` are all other fields that it brings, `labels`, `cluster` and `has_gold`
+    what keye wrote beside them."""
 
     number: int
     id: str | None
@@ -47,6 +47,7 @@ class Prediction:
     error: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     cluster: str | None = None
+    has_gold: bool = True
 
 
 def read_predictions(path: Path) -> tuple[Layout, Iterator[Prediction]]:
@@ -108,6 +109,7 @@ def _of_keye(number: int, row: Mapping[str, Any]) -> Prediction:
         number, _text_or_none(row.get("id")), row.get("prediction") if error is None else None,
         document if isinstance(document, Mapping) else {}, None if error is None else str(error),
         labels if isinstance(labels, Mapping) else {}, _text_or_none(row.get("cluster")),
+        row.get("has_gold") is not False,
     )  # fmt: skip
 
 

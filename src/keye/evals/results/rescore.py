@@ -100,7 +100,14 @@ def _items_of(task: Task, rows: Sequence[Prediction], layout: Layout) -> list[Ev
     some of its columns, by the fields that they have."""
     if layout == "keye":
         return [
-            EvalItem(name := row.id or str(row.number), row.cluster or name, (), row.document, row.labels)
+            EvalItem(
+                name := row.id or str(row.number),
+                row.cluster or name,
+                (),
+                row.document,
+                row.labels,
+                has_gold=row.has_gold,
+            )
             for row in rows
         ]
     documents = [complete_document(row.document) for row in rows]

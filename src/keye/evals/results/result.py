@@ -140,17 +140,16 @@ def _scorer_figures(task: Task, scorer: str, rows: Sequence[ScoredItem], withhel
     summary = task.summarise(rows, name)
     with_reply = [row for row in rows if row.prediction is not None and row.item.has_gold]
     drawn = [row for row in with_reply if row.random]
-    notes = list(summary.notes)
+    counted, notes = sum(row.item.has_gold for row in rows), list(summary.notes)
     if summary.value is None and summary.n:
-        counted = [row for row in rows if row.item.has_gold]
-        plain = 100 * math.fsum(row.score for row in counted) / len(counted)
+        plain = 100 * math.fsum(row.score for row in rows if row.item.has_gold) / counted
         notes.append(f"{summary.name} needs groups or labels that these items lack; their mean score is {plain:.2f}")
     chances = [chance for row in drawn if (chance := chance_of(row.item.document)) is not None]
     return {
         "metric": summary.name, "value": None if withheld else summary.value, "lower_bound": summary.value,
         "interval": None if withheld else interval_of(task, name, rows, summary), "n": summary.n,
         "unparsed": _share(_unparsed(with_reply), len(with_reply)), "random": _share(len(drawn), len(with_reply)),
-        "random_expected": 100 * math.fsum(chances) / len(rows) if rows else 0.0,
+        "random_expected": 100 * math.fsum(chances) / counted if counted else 0.0,
         "judge_needed": _share(sum(row.judge_needed for row in with_reply), len(with_reply)),
         "official": task.official_metrics(name, rows),
         "parts": {label: dict(values) for label, values in summary.parts.items()}, "notes": notes,

@@ -119,7 +119,7 @@ class HallusionBench(TableTask):
         parts = [] if value in (None, "", "None") else [image_part(folder.picture(value))]
         key = "_".join(document[name] for name in names[:5])
         yield EvalItem(
-            key, "_".join(document[name] for name in names[:4]),
+            key, "_".join(document[name] for name in names[:3]),
             (*parts, text_part(f"{row['question']}\nAnswer yes or no.")), document,
             {"category": document["category"], "subcategory": document["subcategory"]},
             has_gold=bool(document["gt_answer"]),

@@ -27,6 +27,14 @@ _CUE = re.compile(
     rf"(?:should be|is|would be|:|=|应?(?:是|为)){{1,2}}[\W_]*(?:(?P<no>{_NO})|(?P<yes>{_YES})){_ENDS}",
     re.IGNORECASE,
 )
+#: A heading that names both words and answers nothing: "Yes/No:".
+_HEADING = re.compile(r"[\W_]*(?:yes ?/ ?no|是 ?/ ?否) ?[:?][\W_]*", re.IGNORECASE)
+#: What takes an answer back: "no. Actually, yes".
+_CORRECTED = re.compile(
+    r"\b(?:wait|actually|correction|on second thought)\b[\s,:.-]{1,4}(?:it is |it's |the answer is )?"
+    r"(?:(?P<no>no|false)|(?P<yes>yes|true))(?=\s*(?:[.,!;\"*]|$))",
+    re.IGNORECASE,
+)
 #: The other word right behind the first: "Yes/No", "是, 否", "No. Yes."
 _OTHER = re.compile(
     r"[\s/,.;、|。，]*(?:or|and|或者?|和)?\W*(?:(?P<no>no|false|否|不是)|(?P<yes>yes|true"
@@ -63,7 +71,10 @@ def read_yes_no(text: str) -> bool | None:
     if (boxed := find_boxed(text)) is not None:
         text = boxed
     text = simplify_han(to_plain(text))
-    cue = max(_CUE.finditer(text), key=lambda match: match.start(), default=None)
+    if heading := _HEADING.match(text):
+        text = text[heading.end() :]
+    cues = (*_CUE.finditer(text), *_CORRECTED.finditer(text))
+    cue = max(cues, key=lambda match: match.start(), default=None)
     first = cue or _LEADING.match(text)
     if first is not None:
         is_yes = first["yes"] is not None
