@@ -58,6 +58,8 @@ def test_last_box_is_found(text: str, content: str | None) -> None:
         ("It is unknown.", None), ("無法判斷", None), ("不确定", None), ("是, 否", None), ("Not sure", None),
         ("Yes, no doubt", True),
         ("Right hand is raised", None), ("<think>没有结束 是", True), ("答案是否", False), ("没有", False),
+        ("Absolutely.", True), ("Of course not.", False), ("Definitely not", False), ("Negative", False),
+        ("No. Wait, yes.", True),
     ],
 )  # fmt: skip
 def test_yes_and_no_are_found(text: str, answer: bool | None) -> None:
@@ -71,6 +73,7 @@ def test_yes_and_no_are_found(text: str, answer: bool | None) -> None:
         ("The answer is 12.", 12), (r"\boxed{7}", 7), ("1,234", 1234), ("-3.5", -3.5), ("3 or 4", None), ("none", None),
         (r"\frac{3}{4}", 0.75), ("五个", 5), ("$1.5 million", 1.5e6), ("x = 4", 4), ("2 + 3 = 5", 5), ("", None),
         ("<think>4?</think>6", 6), ("答案是3", 3), ("共3个苹果", 3), ("I count 4 dogs and 3 cats. Total: 7", 7),
+        ("5 m", 5), ("5M", 5e6), ("3k views", 3000), ("12 b", 12),
     ],
 )  # fmt: skip
 def test_numbers_are_found(text: str, number: float | None) -> None:

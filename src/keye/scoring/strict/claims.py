@@ -82,7 +82,7 @@ _HEDGE = re.compile(
     re.IGNORECASE,
 )
 _CORRECTION = re.compile(
-    r"[\s\"'(\-]*(?:(?:oh|hmm+|but|and|well|ah)[\s,]+)*(?:"
+    r"[\s\"'(\-]*(?:(?:oh|hmm+|but|and|well|ah|no)[\s,]+)*(?:"
     + any_of(
         r"wait actually oops my_(?:mistake|bad) i_meant correction on_second_thoughts? on_reflection sorry"
         r" scratch_that let_me_(?:re"

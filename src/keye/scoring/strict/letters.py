@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from keye.scoring.strict.claims import ANSWER_NOUN, COPULA, EXPLICIT, HEDGED, Claim, read_claims
+from keye.scoring.strict.marks import find_marked
 from keye.scoring.strict.plain import any_of, shorten, simplify_han, to_ascii_forms, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 from keye.scoring.strict.times import spell_english_numbers
@@ -127,6 +128,8 @@ def _read_answer(text: str, options: _Options) -> str | None:
         return _read_value(fields[-1], options)
     if "=" in text and (attribute := _ATTRIBUTE.search(text)):
         return _read_answer(attribute[1], options)
+    if marked := find_marked(text, options.letters):
+        return marked
     text = to_plain(text)
     if match := _BARE.fullmatch(text):
         return _bound(match[1], options)

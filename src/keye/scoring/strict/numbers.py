@@ -16,18 +16,19 @@ _DIGITS = (
 )
 _NUMBER = re.compile(
     rf"(?<![A-Za-z0-9_.])(?P<sign>[-+])?[$\u20ac\u00a3\u00a5]?\s?(?P<digits>{_DIGITS})(?:\s?/\s?(?P<below>\d{{1,9}}(?:\.\d{{1,9}})?)(?![\d/]))?(?P<scale>\s?(?:thousand"
-    rf"|million|billion|trillion|k|mn|bn|m|b)\b)?"
+    rf"|million|billion|trillion|mn|bn)\b|[kKMB]\b)?"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s?\{?(-?\d{1,12}(?:\.\d{1,9})?)\}?\s?\{?(\d{1,12}(?:\.\d{1,9})?)\}?")
 _SCALES = {
     "thousand": 1e3,
     "k": 1e3,
+    "K": 1e3,
     "million": 1e6,
     "mn": 1e6,
-    "m": 1e6,
+    "M": 1e6,
     "billion": 1e9,
     "bn": 1e9,
-    "b": 1e9,
+    "B": 1e9,
     "trillion": 1e12,
 }
 _CUE = re.compile(
@@ -84,5 +85,5 @@ def _value(match: re.Match[str]) -> float:
     if match["below"] and float(match["below"]):
         value /= float(match["below"])
     if match["scale"]:
-        value *= _SCALES[match["scale"].strip().lower()]
+        value *= _SCALES[match["scale"].strip()]
     return -value if match["sign"] == "-" else value

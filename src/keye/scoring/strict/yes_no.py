@@ -11,11 +11,13 @@ from keye.scoring.strict.plain import simplify_han, to_plain
 from keye.scoring.strict.reasoning import find_boxed, strip_reasoning
 
 _YES = (
-    r"yes|yeah|yep|true|certainly|indeed|(?:correct|right)(?=\s*(?:[.,!;:)\"*]|$))|是(?!否|不是)的?|对的?|正确|有的?"
+    r"yes|yeah|yep|true|(?:certainly|absolutely|of course|definitely)(?! not)|indeed|affirmative"
+    r"|sure(?=\s*(?:[.,!;]|$))|(?:correct|right)(?=\s*(?:[.,!;:)\"*]|$))|是(?!否|不是)的?|对的?|正确|有的?"
     r"|可以|能|属于|符合|含有"
 )
 _NO = (
-    r"no(?!-| (?:one|answer|information|idea|video|image|clear|way|data|response)\b)|nope"
+    r"no(?!-| (?:one|answer|information|idea|video|image|clear|way|data|response)\b)"
+    r"|nope|negative|(?:definitely|absolutely|certainly|of course) not"
     r"|not(?! (?:sure|certain|clear|enough|applicable|visible|available|determin\w*)\b)|false"
     r"|(?:incorrect|wrong)(?=\s*(?:[.,!;:)\"*]|$))|否的?|错误?的?|没有|没|不(?!确定|知道|清楚|明|详|好说"
     r"|太|一定)(?:是的?|对|正确|可以|能|属于|符合|含有?)?"
