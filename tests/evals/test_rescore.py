@@ -111,7 +111,7 @@ def test_exports_are_read_back(form: str, tmp_path: Path) -> None:
     for folder in (None, data):
         again = rescore(path, TASK, ["strict"], folder=folder)
         assert again["scorers"]["strict"]["value"] == first["scorers"]["strict"]["value"]
-        assert again["source"]["layout"] == form
+        assert again["source"]["layout"] == form and again["clusters"] == first["clusters"]
 
 
 def test_data_fill_in_what_rows_lack(tmp_path: Path) -> None:
@@ -142,6 +142,9 @@ def test_predictions_of_other_data_are_rejected(tmp_path: Path) -> None:
     many = [{"id": f"q{n}", "prediction": "A"} for n in range(6)]
     with pytest.raises(KeyeError, match="2 of 6 rows of .* belong to no item"):
         rescore(lines(tmp_path / "b.jsonl", many), TASK, ["strict"], folder=data)
+    foreign = [{"id": name, "prediction": "A"} for name in ("zz", "yy", "xx", "ww")]
+    with pytest.raises(KeyeError, match="4 of 4 rows of .* have ids that no item of the data has"):
+        rescore(lines(tmp_path / "c.jsonl", foreign), TASK, ["strict"], folder=data)
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,12 @@ def digest_prompts(items: Iterable[EvalItem]) -> str:
 
 
 def data_folder(task: Task, root: Path) -> Path:
-    """Where the data of a task are: the folder of its name in `root` or of its repository's name, else `root`."""
-    for name in (task.name, task.source.rpartition("/")[2]):
-        if name and (root / name).is_dir():
-            return root / name
-    return root
+    """Where the data of a task are: the folder in `root` that has its name, its repository's or its family's (mlvu of
+    mlvu_dev), whatever their case, else `root`."""
+    names = [task.name, task.source.rpartition("/")[2], task.name.partition("_")[0]]
+    try:
+        folders = {path.name.lower().replace("-", "_"): path for path in root.iterdir() if path.is_dir()}
+    except OSError:
+        return root
+    keys = (name.lower().replace("-", "_") for name in names if name)
+    return next((folders[key] for key in keys if key in folders), root)

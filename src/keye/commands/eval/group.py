@@ -71,5 +71,5 @@ def evaluate() -> None:
     keye eval timelens_charades --data ~/data -o results
     keye eval mmmu mlvu --server http://one:8000 --key MY_KEY -o results --limit 200
     keye eval compare results-a results-b
-    keye eval rescore samples.jsonl --task mlvu --scorer lmms-eval-0.7.3
+    keye eval rescore samples.jsonl --task mlvu_dev --scorer lmms-eval-0.7.3
     """

@@ -34,7 +34,7 @@ def rescore(
     lines with id and prediction, or predictions.jsonl of keye eval.
 
     \b
-    keye eval rescore samples_mlvu.jsonl --task mlvu --scorer lmms-eval-0.7.3 --scorer strict
+    keye eval rescore samples_mlvu.jsonl --task mlvu_dev --scorer lmms-eval-0.7.3 --scorer strict
     keye eval rescore Model_Video-MME.xlsx --task videomme --data ~/data/Video-MME
     """
     from keye.commands.eval.show import print_results

@@ -99,9 +99,16 @@ def _state(task: Task, root: Path) -> tuple[str, str | None]:
     if "/" not in task.source:
         return "needs none", None
     folder = data_folder(task, root)
-    if not folder.is_dir() or folder == root:
+    if not folder.is_dir():
         return "not here", None
-    report = task.check(folder)
+    try:
+        report = task.check(folder)
+    except KeyeError:
+        if folder == root:  # which holds the data of other tasks
+            return "not here", None
+        raise
+    if folder == root and not report.counts.get("rows"):
+        return "not here", None
     if report.is_complete:
         return "complete", None
     return "incomplete", (*report.problems, f"{len(report.missing_media):,} media are missing")[0]

@@ -114,7 +114,9 @@ def _settings(result: Result) -> str:
         return str(settings or "")
     groups = [value if isinstance(value, Mapping) else {name: value} for name, value in settings.items()]
     flat = {name: value for group in groups for name, value in group.items()}
-    return ", ".join(f"{name} {value}" for name, value in flat.items() if value not in (None, "", False))
+    words = {True: "on", False: "off"}
+    named = {{"nframes": "frames"}.get(name, name): value for name, value in flat.items() if value not in (None, "")}
+    return ", ".join(f"{name} {words[value] if isinstance(value, bool) else value}" for name, value in named.items())
 
 
 def _mean(spread: Any) -> str | None:

@@ -237,15 +237,15 @@ def _sample(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     document = dict(record["document"])
     text = record["prediction"] or ""
     return {
-        "doc_id": number, "doc": {"id": record["id"], **document}, "target": str(_gold(document)), "resps": [[text]],
-        "filtered_resps": [text],
+        "doc_id": number, "doc": {"id": record["id"], **_cluster_of(record), **document},
+        "target": str(_gold(document)), "resps": [[text]], "filtered_resps": [text],
     }  # fmt: skip
 
 
 def _table_row(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     document = dict(record["document"])
     options = document.pop("options", document.pop("choices", None))
-    row: dict[str, Any] = {"index": number, "id": record["id"]}
+    row: dict[str, Any] = {"index": number, "id": record["id"], **_cluster_of(record)}
     if isinstance(options, Sequence) and not isinstance(options, str) and len(options) <= 26:
         for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options, strict=False):
             row[letter] = str(option).removeprefix(f"{letter}. ")
@@ -254,6 +254,11 @@ def _table_row(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in document.items():
         row[name] = value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
     return {**row, "answer": _gold(document), "prediction": record["prediction"] or ""}
+
+
+def _cluster_of(record: Mapping[str, Any]) -> dict[str, str]:
+    """What goes together in an interval, which the fields of a document need not tell."""
+    return {"cluster": record["cluster"]} if record.get("cluster") else {}
 
 
 def _gold(document: Mapping[str, Any]) -> Any:

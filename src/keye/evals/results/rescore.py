@@ -113,7 +113,10 @@ def _items_of(task: Task, rows: Sequence[Prediction], layout: Layout) -> list[Ev
     documents = [complete_document(row.document) for row in rows]
     try:
         items = [task.item_of(document, row.number) for row, document in zip(rows, documents, strict=True)]
-        return [replace(item, id=row.id or item.id) for item, row in zip(items, rows, strict=True)]
+        return [
+            replace(item, id=row.id or item.id, cluster=str(row.document.get("cluster") or item.cluster))
+            for item, row in zip(items, rows, strict=True)
+        ]
     except KeyeError:
         return [_plain_item(row, document) for row, document in zip(rows, documents, strict=True)]
 
@@ -198,6 +201,13 @@ def _places(path: Path, items: Sequence[EvalItem], rows: Sequence[Prediction]) -
     first whose gold answers are those of the data."""
     numbers = [_number_of(row) for row in rows]
     if all(number is None for number in numbers):
+        named = sum(row.id is not None for row in rows)
+        if named and not any("answer" in row.document for row in rows):
+            # Neither ids nor gold answers say that these are replies to these questions.
+            raise KeyeError(
+                f"{named:,} of {len(rows):,} rows of {path} have ids that no item of the data has, and no gold answers "
+                "to be matched by: name the data that they belong to"
+            )
         numbers = [row.number for row in rows]
     own = [-1 if number is None else number for number in numbers]
     for places in (own, [number - 1 for number in own], [row.number for row in rows]):

@@ -160,12 +160,16 @@ def interval_of(task: Task, scorer: str, rows: Sequence[ScoredItem], summary: Su
     """The 95 % interval of the headline with items of one cluster going together; None for a single cluster.
 
     For a mean over items the error is that of `keye.scoring.metrics.clustered_error`; else a jackknife, which leaves
-    out clusters in up to 50 groups, 20 of very many items."""
+    out clusters in up to 50 groups, 20 of very many items. Where all items are right, or all wrong, the bound is that
+    of the rule of three: 3 / clusters."""
     if summary.value is None:
         return None
     counted = [row for row in rows if row.item.has_gold]
     plain = 100 * math.fsum(row.score for row in counted) / len(counted) if counted else math.nan
     if abs(plain - summary.value) < 1e-9:
+        if (clusters := len({row.item.cluster for row in counted})) > 1 and plain in (0.0, 100.0):
+            reach = min(100.0, 300 / clusters)
+            return [100.0 - reach, 100.0] if plain else [0.0, reach]
         error = 100 * clustered_error([[(row.item.cluster, row.score) for row in counted]])
     else:
         error = _jackknife(lambda rest: task.summarise(rest, scorer).value, counted)
