@@ -24,14 +24,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=options.PATH, required=True, metavar="OUT.jsonl",
               help="Where answers are appended; what it holds already is not asked again.")  # fmt: skip
 @click.option("--server", "servers", metavar="URL[,URL...]", help="Ask these OpenAI-compatible servers instead.")
-@click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
-@click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
-@click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
-              help="Questions that each worker answers at once.")  # fmt: skip
-@click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
-              help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), metavar="SECONDS",
-              help="Time limit of an answer from a server.  [default: 3600]")  # fmt: skip
+@options.asking
 @click.option("--retry-errors", is_flag=True, help="Ask again the questions whose answers are errors.")
 @click.option("--model", help="The model, or with --server what the servers call it.  [default: nano, the server's]")
 @options.decode
@@ -105,6 +98,8 @@ def check_workers(arguments: Mapping[str, Any]) -> None:
         raise KeyeError("--server asks servers, and --workers and --ray start engines: give one of them")
     if arguments["decode"] and (arguments["servers"] or arguments["workers"] or arguments["ray"]):
         raise KeyeError("--decode serves the engine of this process: leave it out with --server, --workers and --ray")
+    if arguments.get("key") is not None and not arguments["servers"]:
+        raise KeyeError("--key is for servers: give it with --server")
     if arguments["timeout"] is not None and not arguments["servers"]:
         raise KeyeError("--timeout is the time for an answer of a server: give it with --server")
     if arguments["servers"]:

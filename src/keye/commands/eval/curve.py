@@ -44,9 +44,7 @@ from keye.errors import KeyeError
 @click.option("--key", metavar="ENV", help="Environment variable that holds the servers' key.  [default: KEYE_API_KEY]")
 @prompting
 @sampling
-@click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
-@click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
-              help="Questions that each worker answers at once.")  # fmt: skip
+@options.asking
 @options.decode
 @options.running_device
 @options.adapter
@@ -76,7 +74,7 @@ def curve(
     from keye.evals.settings import data_folder
     from keye.evals.task import find_task
 
-    arguments = {**arguments, "ray": None, "tries": 6, "timeout": None, "attention": None, "allow_private_urls": False}
+    arguments = {**arguments, "attention": None, "allow_private_urls": False}
     batch.check_workers(arguments)
     chosen = with_clips(find_task(task), clips)
     points = Grid(parse_counts(grid), parse_modes(modes), margin)

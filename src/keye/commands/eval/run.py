@@ -75,14 +75,7 @@ sampling = options.combine(
 @click.option("--judge-key", metavar="ENV", help="Environment variable that holds the judge's key.")
 @click.option("--format", "form", type=click.Choice(["lmms-eval", "vlmevalkit"]), multiple=True,
               help="Also write the predictions in this form; may be repeated.")  # fmt: skip
-@click.option("--workers", type=options.COUNT, metavar="N", help="Engines, each in a process of its own.")
-@click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT.")
-@click.option("--concurrency", type=options.COUNT, default=8, show_default=True, metavar="N",
-              help="Questions that each worker answers at once.")  # fmt: skip
-@click.option("--tries", type=options.COUNT, default=6, show_default=True, metavar="N",
-              help="Tries of a request to a server that is full, fails or does not answer.")  # fmt: skip
-@click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), metavar="SECONDS",
-              help="Time limit of an answer from a server.  [default: 3600]")  # fmt: skip
+@options.asking
 @options.decode
 @options.running_device
 @options.adapter
@@ -115,8 +108,6 @@ def run(tasks: tuple[str, ...], output: Path, data: Path | None, form: tuple[str
         raise missing_package(error.name, "keye eval", "eval") from None
     arguments = {**arguments, "allow_private_urls": False}
     batch.check_workers(arguments)
-    if arguments["key"] is not None and not arguments["servers"]:
-        raise KeyeError("--key is for servers: give it with --server")
     chosen = {task.name: task for name in tasks for task in find_tasks(name)}
     if arguments["through"]:
         from keye.evals.search import as_search

@@ -159,6 +159,16 @@ attention = click.option(
     help="dense attends to every token, also above the model's top-k, which it was not trained for."
          "  [default: sparse where the model has it]",
 )  # fmt: skip
+asking: Callable[[F], F] = combine(
+    click.option("--workers", type=COUNT, metavar="N", help="Engines, each in a process of its own."),
+    click.option("--ray", metavar="ADDRESS", help="Engines on a Ray cluster: ray, HOST:PORT or ray://HOST:PORT."),
+    click.option("--concurrency", type=COUNT, default=8, show_default=True, metavar="N",
+                 help="Questions that each worker answers at once."),
+    click.option("--tries", type=COUNT, default=6, show_default=True, metavar="N",
+                 help="Tries of a request to a server that is full, fails or does not answer."),
+    click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), metavar="SECONDS",
+                 help="Time limit of an answer from a server.  [default: 3600]"),
+)  # fmt: skip
 private_urls = click.option("--allow-private-urls", is_flag=True,
                             help="Open http addresses of this machine and local networks.")  # fmt: skip
 reading: Callable[[F], F] = combine(

@@ -7,6 +7,7 @@ are read as those of any model are: spans, times, yes or no and words by the str
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ class GeneratedTask(Task):
     clips: int = 1
     seed: int = 0
 
+    @abstractmethod
     def probes(self) -> Iterator[tuple[str, dict[str, str], Probe]]:
         """The videos with their names and labels."""
-        raise NotImplementedError
 
     def read(self, folder: Path, settings: TaskSettings) -> Iterator[EvalItem]:
         """The items; each video is written before its first question."""

@@ -100,7 +100,7 @@ def check_run(
     on_progress: Progress | None = None,
 ) -> Check:  # fmt: skip
     """Checks a run whose model's small files are here; no weights are read. `media` rows have their media opened, and
-    `samples` are laid out, and those with the longest texts and the most media; None: all of both."""
+    `samples` become tokens, and those with the longest texts and the most media; None: all of both."""
     check_device(run.device)
     (stage,) = run.stages
     config = load_model_config(run.model)
@@ -134,7 +134,7 @@ def check_run(
 
 
 def _find_too_long(samples: Iterator[Sample], layout: Layout) -> list[str]:
-    """The error of the first sample that is longer than a pack, of those that can be laid out in `MOST_SECONDS`."""
+    """The error of the first sample that is longer than a pack, of those that are reached in `MOST_SECONDS`."""
     begin = time.monotonic()
     for sample in samples:
         try:

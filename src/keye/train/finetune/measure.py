@@ -176,7 +176,7 @@ class _Examples:
         self._count = 0
 
     def add(self, sample: LaidOut) -> None:
-        """The next sample that was laid out."""
+        """Takes the next sample into account."""
         kinds = frozenset(medium.kind for medium in sample.sample.media)
         if kinds not in self._first:
             self._first[kinds] = (self._count, sample)
